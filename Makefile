@@ -1,0 +1,44 @@
+# Two commands: `make train` runs the main job, `make test` lints and tests.
+# Both set up a virtual environment in .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+# On a machine without CUDA a bare torch may bring gigabytes of CUDA packages.
+# TORCH=torch on a GPU machine takes the build for your CUDA.
+TORCH ?= torch==2.13.0
+RUN = $(VENV)/bin/python
+
+.PHONY: train test lint setup bench clean
+
+train: $(VENV)/.train
+	$(RUN) sota-implementations/evor/evor.py $(ARGS)
+
+test: $(VENV)/.dev lint
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.dev
+	$(RUN) -m pytest benchmarks -o addopts= $(ARGS)
+
+setup: $(VENV)/.dev
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+
+$(VENV)/.torch: $(VENV)/bin/python
+	$(RUN) -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch setup.py
+	$(RUN) -m pip install --quiet --editable ".[all]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.train setup.py
+	$(RUN) -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,10 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+from torchrl_evor.modules.models import FlowMatchingModel, ReturnFlow, VelocityMLP
+from torchrl_evor.modules.tensordict_module import EVORActor, FlowMatchingPolicy
+
+__all__ = ["EVORActor", "FlowMatchingModel", "FlowMatchingPolicy", "ReturnFlow", "VelocityMLP"]

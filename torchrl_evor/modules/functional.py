@@ -1,0 +1,296 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The mathematics of EVOR as functions of tensors.
+
+Flow time runs from 0 (noise) to 1 (data) and the path is linear,
+``z_t = (1 - t) * noise + t * data``. Nothing here knows about modules,
+configurations or TensorDicts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "TD_TARGETS",
+    "bellman_target",
+    "coupled_target",
+    "euler_integrate",
+    "interpolate",
+    "log_mean_exp",
+    "sample_target",
+    "stratified_normal",
+    "velocity_target",
+]
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def interpolate(noise: Tensor, data: Tensor, time: Tensor) -> Tensor:
+    """Point at ``time`` on the straight path from ``noise`` to ``data``.
+
+    Args:
+        noise (Tensor): start of the path, ``[*B, D]``.
+        data (Tensor): end of the path, ``[*B, D]``.
+        time (Tensor): flow time in ``[0, 1]``, ``[*B, 1]``.
+
+    Returns:
+        Tensor: ``(1 - time) * noise + time * data``, ``[*B, D]``.
+
+    Examples:
+        >>> import torch
+        >>> interpolate(torch.zeros(1), torch.full((1,), 4.0), torch.full((1,), 0.25))
+        tensor([1.])
+    """
+    return (1 - time) * noise + time * data
+
+
+def euler_integrate(velocity: Velocity, noise: Tensor, num_steps: int) -> Tensor:
+    """Carries ``noise`` along a velocity field from flow time 0 to 1.
+
+    Explicit Euler on the left end points ``k / num_steps``.
+
+    Args:
+        velocity (Callable): ``(z [*B, D], time [*B, 1]) -> dz/dt [*B, D]``.
+        noise (Tensor): state at flow time 0, ``[*B, D]``.
+        num_steps (int): number of steps, at least 1.
+
+    Returns:
+        Tensor: state at flow time 1, ``[*B, D]``.
+
+    Examples:
+        >>> import torch
+        >>> euler_integrate(lambda z, t: 2 * t, torch.zeros(1), 4)
+        tensor([0.7500])
+    """
+    z = noise
+    for step in range(num_steps):
+        time = torch.full_like(z[..., :1], step / num_steps)
+        z = z + velocity(z, time) / num_steps
+    return z
+
+
+def log_mean_exp(
+    values: Tensor, tau: float, dim: int = -1, log_weights: Tensor | None = None
+) -> Tensor:
+    r"""Soft maximum :math:`\tau \log \sum_j w_j \exp(v_j / \tau)` of weighted nodes.
+
+    The optimal regularised value of `Q# <https://arxiv.org/abs/2502.20548>`_,
+    Theorem 2.2, when ``values`` are samples of the reward-to-go. ``tau=0`` is
+    the maximum and ``tau=inf`` the (weighted) mean.
+
+    Args:
+        values (Tensor): nodes, for instance returns in reward units.
+        tau (float): temperature in the units of ``values``, in ``[0, inf]``.
+        dim (int, optional): dimension of the nodes. Defaults to ``-1``.
+        log_weights (Tensor, optional): logarithms of node weights that sum to
+            one, broadcastable to ``values``. Defaults to equal weights.
+
+    Returns:
+        Tensor: ``values`` without ``dim``.
+
+    Raises:
+        ValueError: if ``tau`` is negative or NaN.
+
+    Examples:
+        >>> import torch
+        >>> values = torch.tensor([0.0, 2.0])
+        >>> [log_mean_exp(values, tau).item() for tau in (0.0, float("inf"))]
+        [2.0, 1.0]
+    """
+    check_temperature("tau", tau)
+    top = values.amax(dim, keepdim=True)
+    if tau == 0:
+        return top.squeeze(dim)
+    weights = 1 / values.shape[dim] if log_weights is None else log_weights.exp()
+    if math.isinf(tau):
+        return (weights * values).sum(dim)
+    # expm1 and log1p keep the digits that cancel when tau is large.
+    excess = (weights * torch.expm1((values - top) / tau)).sum(dim)
+    return top.squeeze(dim) + tau * torch.log1p(excess)
+
+
+def check_temperature(name: str, value: float) -> float:
+    """Returns ``value`` if it is a temperature (``0 <= value <= inf``).
+
+    Raises:
+        ValueError: naming ``name``, if ``value`` is negative or NaN.
+    """
+    if not value >= 0:
+        raise ValueError(f"{name} must be a temperature in [0, inf], got {value}.")
+    return value
+
+
+def check_positive(name: str, value: int) -> int:
+    """Returns ``value`` if it is an integer of at least 1.
+
+    Raises:
+        ValueError: naming ``name``, otherwise.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+    return value
+
+
+def check_choice(name: str, value: str, choices) -> str:
+    """Returns ``value`` if it is one of ``choices``.
+
+    Raises:
+        ValueError: naming ``name`` and the choices, otherwise.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}.")
+    return value
+
+
+def stratified_normal(
+    num_nodes: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    r"""Standard-normal quantiles :math:`\Phi^{-1}((j - 1/2) / N)`, in increasing order.
+
+    A scalar flow is monotone in its noise, so integrating from these nodes
+    gives the corresponding quantiles of the law that the flow carries.
+
+    Args:
+        num_nodes (int): number of nodes :math:`N`, at least 1.
+
+    Keyword Args:
+        device (torch.device, optional): device of the result.
+        dtype (torch.dtype, optional): dtype of the result. Defaults to the
+            default dtype.
+
+    Returns:
+        Tensor: ``[num_nodes]``.
+
+    Examples:
+        >>> stratified_normal(3)
+        tensor([-0.9674,  0.0000,  0.9674])
+    """
+    # Probabilities in float64: ndtri loses the tails in float32.
+    probability = (torch.arange(num_nodes, dtype=torch.float64, device=device) + 0.5) / num_nodes
+    return torch.special.ndtri(probability).to(dtype or torch.get_default_dtype())
+
+
+def sample_target(
+    noise: Tensor,
+    time: Tensor,
+    reward: Tensor,
+    discount: Tensor,
+    next_return: Tensor,
+    next_velocity: Velocity,
+) -> tuple[Tensor, Tensor]:
+    r"""Flow matching on the bootstrapped sample :math:`r + \gamma_e z'`.
+
+    Unbiased, of high variance. Arguments and result as in :func:`bellman_target`.
+    """
+    backup = reward + discount * next_return
+    return interpolate(noise, backup, time), backup - noise
+
+
+def velocity_target(
+    noise: Tensor,
+    time: Tensor,
+    reward: Tensor,
+    discount: Tensor,
+    next_return: Tensor,
+    next_velocity: Velocity,
+) -> tuple[Tensor, Tensor]:
+    r"""Bellman backup of the next velocity at the same point, as publicly summarised.
+
+    Without a term in the noise each sample keeps its own: the mean of the law
+    is right and the law itself is not. Kept for comparison. Arguments and
+    result as in :func:`bellman_target`.
+    """
+    point = interpolate(noise, reward + discount * next_return, time)
+    return point, reward + discount * next_velocity(point, time)
+
+
+def coupled_target(
+    noise: Tensor,
+    time: Tensor,
+    reward: Tensor,
+    discount: Tensor,
+    next_return: Tensor,
+    next_velocity: Velocity,
+) -> tuple[Tensor, Tensor]:
+    r"""Path-coupled form: both paths start from the same noise.
+
+    Compare PCBF, `arXiv:2605.08253 <https://arxiv.org/abs/2605.08253>`_. Its
+    bias is of order :math:`1 - \gamma_e`. Arguments and result as in
+    :func:`bellman_target`.
+    """
+    point = interpolate(noise, reward + discount * next_return, time)
+    next_point = interpolate(noise, next_return, time)
+    target = reward + discount * next_velocity(next_point, time) - (1 - discount) * noise
+    return point, target
+
+
+def bellman_target(
+    noise: Tensor,
+    time: Tensor,
+    reward: Tensor,
+    discount: Tensor,
+    next_return: Tensor,
+    next_velocity: Velocity,
+) -> tuple[Tensor, Tensor]:
+    r"""Bellman equation of the velocity field itself.
+
+    With :math:`Z = r + \gamma_e Z'` and one noise for both paths,
+    :math:`Z_t = t r + c Z'_{t'}` where :math:`c = 1 - t + \gamma_e t` and
+    :math:`t' = \gamma_e t / c`. Given :math:`(r, x', a')` this is a bijection
+    between the two paths, so that the posterior means obey
+    :math:`E[Z|Z_t] = r + \gamma_e E[Z'|Z'_{t'}]`, and in velocities
+
+    .. math:: s(Z_t, t) = r - (1 - \gamma_e) Z'_{t'} + (\gamma_e / c)\, s'(Z'_{t'}, t').
+
+    It is the conditional expectation of :func:`sample_target`: the same fixed
+    point with less variance. Exact for laws: with the closed-form field of
+    :math:`Z'` it returns the closed-form field of :math:`Z`.
+
+    Args:
+        noise (Tensor): standard-normal noise of the path, ``[*B, 1]``.
+        time (Tensor): flow time in ``[0, 1]``, ``[*B, 1]``.
+        reward (Tensor): reward (n-step: discounted sum), ``[*B, 1]``.
+        discount (Tensor): effective discount, 0 at terminals, ``[*B, 1]``.
+        next_return (Tensor): sample of the next law, ``[*B, 1]``.
+        next_velocity (Callable): velocity field of the next law,
+            ``(z [*B, 1], time [*B, 1]) -> [*B, 1]``.
+
+    Returns:
+        tuple of Tensor: the point at which the field is fitted and its target
+        velocity there, each ``[*B, 1]``.
+
+    Examples:
+        >>> import torch
+        >>> ones = torch.ones(1)
+        >>> point, target = bellman_target(
+        ...     0 * ones, 0.5 * ones, 2 * ones, 0 * ones, 7 * ones, lambda z, t: z
+        ... )
+        >>> point, target  # a terminal: half-way to the reward, at full speed
+        (tensor([1.]), tensor([2.]))
+    """
+    contraction = 1 - time + discount * time
+    # Zero only at a terminal at time 1, where next_time is 0 for any divisor.
+    divisor = contraction.clamp_min(torch.finfo(time.dtype).tiny)
+    next_time = discount * time / divisor
+    next_point = interpolate(noise, next_return, next_time)
+    target = (
+        reward
+        - (1 - discount) * next_point
+        + discount / divisor * next_velocity(next_point, next_time)
+    )
+    return time * reward + contraction * next_point, target
+
+
+TD_TARGETS = {
+    "bellman": bellman_target,
+    "sample": sample_target,
+    "coupled": coupled_target,
+    "velocity": velocity_target,
+}

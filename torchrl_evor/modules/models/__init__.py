@@ -1,0 +1,10 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+from torchrl_evor.modules.models.flow import FlowMatchingModel, VelocityMLP
+from torchrl_evor.modules.models.return_flow import ReturnFlow
+
+__all__ = ["FlowMatchingModel", "ReturnFlow", "VelocityMLP"]

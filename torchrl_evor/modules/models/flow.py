@@ -1,0 +1,173 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from torchrl_evor.modules.functional import check_choice, check_positive, euler_integrate
+
+__all__ = ["FlowMatchingModel", "VelocityMLP"]
+
+ACTIVATIONS = {
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
+
+
+class VelocityMLP(nn.Module):
+    """MLP for velocity fields: Linear, activation, optional LayerNorm, repeated.
+
+    Weights are Xavier-uniform and biases zero. LayerNorm comes after the
+    activation, as in the networks of `FQL <https://arxiv.org/abs/2502.02538>`_.
+
+    Args:
+        in_features (int): sum of the sizes of the inputs.
+        out_features (int, optional): size of the velocity. Defaults to ``1``.
+
+    Keyword Args:
+        hidden_sizes (sequence of int, optional): widths of the hidden layers.
+            Defaults to four layers of ``512``.
+        activation (str, optional): ``"gelu_tanh"``, ``"gelu"``, ``"relu"`` or
+            ``"silu"``. Defaults to ``"gelu_tanh"``.
+        layer_norm (bool, optional): normalise after each activation.
+            Defaults to ``False``.
+        device (torch.device, optional): device of the parameters.
+        dtype (torch.dtype, optional): dtype of the parameters.
+
+    Raises:
+        ValueError: if a size is not a positive integer, ``hidden_sizes`` is
+            empty, or ``activation`` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> network = VelocityMLP(3 + 2 + 1, 2, hidden_sizes=(32, 32))
+        >>> network(torch.zeros(5, 3), torch.zeros(5, 2), torch.zeros(5, 1)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int = 1,
+        *,
+        hidden_sizes: Sequence[int] = (512, 512, 512, 512),
+        activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh",
+        layer_norm: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("activation", activation, ACTIVATIONS)
+        if not len(hidden_sizes):
+            raise ValueError("hidden_sizes must name at least one layer, got an empty sequence.")
+        sizes = [check_positive("in_features", in_features)]
+        sizes += [check_positive("hidden_sizes", size) for size in hidden_sizes]
+        layers = []
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+            layers += [nn.Linear(fan_in, fan_out, device=device, dtype=dtype)]
+            layers += [ACTIVATIONS[activation]()]
+            if layer_norm:
+                layers += [nn.LayerNorm(fan_out, eps=1e-6, device=device, dtype=dtype)]
+        check_positive("out_features", out_features)
+        layers += [nn.Linear(sizes[-1], out_features, device=device, dtype=dtype)]
+        self.net = nn.Sequential(*layers)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws Xavier-uniform weights and sets biases to zero."""
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+            elif isinstance(layer, nn.LayerNorm):
+                layer.reset_parameters()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Velocity at the concatenation of ``inputs``, ``[*B, out_features]``."""
+        return self.net(inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1))
+
+
+class FlowMatchingModel(nn.Module):
+    r"""Tensor-only sampler of a flow-matching policy.
+
+    Integrates :math:`da_t/dt = v(a_t, t | x)` from Gaussian noise at flow time
+    0 to an action at flow time 1 with Euler steps, and clips once, after the
+    last one. See `Flow Matching for Generative Modeling
+    <https://arxiv.org/abs/2210.02747>`_.
+
+    Args:
+        velocity_network (nn.Module): maps the concatenation of observation,
+            action and flow time ``[*B, obs + act + 1]`` to a velocity ``[*B, act]``.
+        action_dim (int): size of the action.
+        num_steps (int, optional): Euler steps. Defaults to ``10``.
+
+    Keyword Args:
+        low (float or Tensor, optional): lower bound of the action. Defaults to ``-1.0``.
+        high (float or Tensor, optional): upper bound of the action. Defaults to ``1.0``.
+
+    Raises:
+        ValueError: if ``action_dim`` or ``num_steps`` is not a positive
+            integer, ``low`` is not below ``high``, or the network's output
+            does not have the shape of the action.
+
+    Examples:
+        >>> import torch
+        >>> model = FlowMatchingModel(torch.nn.Linear(3 + 2 + 1, 2), action_dim=2)
+        >>> model(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        velocity_network: nn.Module,
+        action_dim: int,
+        num_steps: int = 10,
+        *,
+        low: float | Tensor = -1.0,
+        high: float | Tensor = 1.0,
+    ) -> None:
+        super().__init__()
+        self.velocity_network = velocity_network
+        self.action_dim = check_positive("action_dim", action_dim)
+        self.num_steps = check_positive("num_steps", num_steps)
+        low, high = torch.as_tensor(low), torch.as_tensor(high)
+        if not (low < high).all():
+            raise ValueError(f"low must be below high, got low={low} and high={high}.")
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def velocity(self, observation: Tensor, action: Tensor, time: Tensor) -> Tensor:
+        """Velocity of ``action`` ``[*B, act]`` at flow time ``time`` ``[*B, 1]``."""
+        velocity = self.velocity_network(torch.cat([observation, action, time], -1))
+        if velocity.shape != action.shape:
+            raise ValueError(
+                f"velocity_network must return the shape of the action, {tuple(action.shape)}, "
+                f"got {tuple(velocity.shape)}."
+            )
+        return velocity
+
+    def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Samples an action for each observation.
+
+        Args:
+            observation (Tensor): ``[*B, obs]``.
+            noise (Tensor, optional): start of the flow, ``[*B, act]``. Drawn
+                from a standard normal by default, in every exploration mode.
+
+        Returns:
+            Tensor: action within the bounds, ``[*B, act]``.
+        """
+        if noise is None:
+            noise = observation.new_empty(*observation.shape[:-1], self.action_dim).normal_()
+        action = euler_integrate(
+            lambda action, time: self.velocity(observation, action, time), noise, self.num_steps
+        )
+        return action.clamp(self.low, self.high)

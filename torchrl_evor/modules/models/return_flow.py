@@ -1,0 +1,225 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from torchrl_evor.modules.functional import (
+    check_choice,
+    check_positive,
+    check_temperature,
+    euler_integrate,
+    log_mean_exp,
+    stratified_normal,
+)
+
+__all__ = ["ReturnFlow"]
+
+
+class ReturnFlow(TensorDictModuleBase):
+    r"""Law of the reward-to-go of a state and an action, as a scalar flow.
+
+    The velocity field :math:`s(z_t, t | x, a)` carries a standard normal at
+    flow time 0 to the law of the discounted reward-to-go at flow time 1. The
+    network sees normalised returns :math:`z`; samples, quantiles and
+    :math:`Q^*` are in reward units, ``return = loc + scale * z``.
+
+    Source: *Expressive Value Learning for Scalable Offline Reinforcement
+    Learning*, `arXiv:2510.08218 <https://arxiv.org/abs/2510.08218>`_.
+
+    Args:
+        velocity_network (nn.Module): maps the concatenation of observation,
+            action, z and flow time ``[*B, obs + act + 2]`` to ``[*B, 1]``.
+        num_steps (int, optional): Euler steps. Defaults to ``10``.
+
+    Keyword Args:
+        loc (float, optional): centre of the returns, in reward units.
+            Defaults to ``0.0``.
+        scale (float, optional): spread of the returns, in reward units.
+            Defaults to ``1.0``.
+        in_keys (sequence of NestedKey, optional): observation and action.
+            Defaults to ``["observation", "action"]``.
+        out_keys (sequence of NestedKey, optional): mean of the law, ``[*B, 1]``.
+            Defaults to ``["state_action_value"]``.
+        num_samples (int, optional): stratified nodes of the mean that
+            :meth:`forward` writes. Defaults to ``16``.
+
+    Raises:
+        ValueError: if ``num_steps`` or a number of nodes is below 1, ``scale``
+            is not positive and finite, a temperature is negative, or the
+            network does not return one velocity per row.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> returns = ReturnFlow(torch.nn.Linear(3 + 2 + 2, 1), loc=-50.0, scale=20.0)
+        >>> observation, action = torch.zeros(5, 3), torch.zeros(5, 2)
+        >>> returns.sample(observation, action, num_samples=8).shape
+        torch.Size([5, 8])
+        >>> returns.q_star(observation, action, tau=10.0, num_samples=8).shape
+        torch.Size([5])
+        >>> data = TensorDict(observation=observation, action=action, batch_size=[5])
+        >>> returns(data)["state_action_value"].shape
+        torch.Size([5, 1])
+    """
+
+    def __init__(
+        self,
+        velocity_network: nn.Module,
+        num_steps: int = 10,
+        *,
+        loc: float = 0.0,
+        scale: float = 1.0,
+        in_keys: Sequence[NestedKey] = ("observation", "action"),
+        out_keys: Sequence[NestedKey] = ("state_action_value",),
+        num_samples: int = 16,
+    ) -> None:
+        super().__init__()
+        self.in_keys = list(in_keys)
+        self.out_keys = list(out_keys)
+        self.velocity_network = velocity_network
+        self.num_steps = check_positive("num_steps", num_steps)
+        self.num_samples = check_positive("num_samples", num_samples)
+        self.register_buffer("loc", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+        self.set_normalization(loc, scale)
+
+    def set_normalization(self, loc: float, scale: float) -> None:
+        """Sets the affine map between network and reward units, in place.
+
+        Args:
+            loc (float): centre of the returns, in reward units.
+            scale (float): spread of the returns, in reward units.
+
+        Raises:
+            ValueError: if ``loc`` is not finite or ``scale`` not positive and finite.
+        """
+        loc, scale = float(loc), float(scale)
+        if not math.isfinite(loc):
+            raise ValueError(f"loc must be finite, got {loc}.")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale must be positive and finite, got {scale}.")
+        self.loc.fill_(loc)
+        self.scale.fill_(scale)
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """Returns in reward units, from normalised returns of any shape."""
+        return self.loc + self.scale * z
+
+    def normalize_reward(self, reward: Tensor, discount: Tensor) -> Tensor:
+        """Reward that keeps the form of the Bellman equation in z units.
+
+        From ``loc + scale * z = reward + discount * (loc + scale * z')``.
+        """
+        return (reward - (1 - discount) * self.loc) / self.scale
+
+    def velocity(self, observation: Tensor, action: Tensor, z: Tensor, time: Tensor) -> Tensor:
+        """Velocity of ``z`` ``[*B, 1]`` at flow time ``time`` ``[*B, 1]``, in z units."""
+        velocity = self.velocity_network(torch.cat([observation, action, z, time], -1))
+        if velocity.shape != z.shape:
+            raise ValueError(
+                f"velocity_network must return one velocity per row, {tuple(z.shape)}, "
+                f"got {tuple(velocity.shape)}."
+            )
+        return velocity
+
+    def integrate(self, observation: Tensor, action: Tensor, noise: Tensor) -> Tensor:
+        """Carries ``noise`` ``[*B, 1]`` to normalised returns ``[*B, 1]``."""
+        return euler_integrate(
+            lambda z, time: self.velocity(observation, action, z, time), noise, self.num_steps
+        )
+
+    def sample(
+        self,
+        observation: Tensor,
+        action: Tensor,
+        num_samples: int,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Samples of the reward-to-go.
+
+        Args:
+            observation (Tensor): ``[*B, obs]``.
+            action (Tensor): ``[*B, act]``; the batch dimensions of both broadcast.
+            num_samples (int): samples per state and action.
+            noise (Tensor, optional): start of the flow, broadcastable to
+                ``[*B, num_samples]``. Drawn from a standard normal by default.
+
+        Returns:
+            Tensor: ``[*B, num_samples]``, in reward units.
+        """
+        check_positive("num_samples", num_samples)
+        batch = torch.broadcast_shapes(observation.shape[:-1], action.shape[:-1])
+        if noise is None:
+            noise = action.new_empty(*batch, num_samples).normal_()
+        rows = (*batch, num_samples)
+        z = self.integrate(
+            observation.unsqueeze(-2).expand(*rows, -1),
+            action.unsqueeze(-2).expand(*rows, -1),
+            noise.expand(rows).unsqueeze(-1),
+        )
+        return self.denormalize(z.squeeze(-1))
+
+    def quantiles(self, observation: Tensor, action: Tensor, num_quantiles: int) -> Tensor:
+        """Quantiles ``(j - 1/2) / num_quantiles`` of the reward-to-go.
+
+        The exact flow is monotone in its noise. Sorting restores the order
+        where a coarse integration of a steep field has lost it.
+
+        Returns:
+            Tensor: ``[*B, num_quantiles]``, in increasing order, in reward units.
+        """
+        noise = self._nodes(action, num_quantiles, "stratified")
+        return self.sample(observation, action, num_quantiles, noise).sort(-1).values
+
+    def q_star(
+        self,
+        observation: Tensor,
+        action: Tensor,
+        tau: float,
+        num_samples: int,
+        nodes: Literal["stratified", "random"] = "stratified",
+    ) -> Tensor:
+        r"""Optimal regularised value :math:`\tau \log E \exp(Z / \tau)`.
+
+        Args:
+            observation (Tensor): ``[*B, obs]``.
+            action (Tensor): ``[*B, act]``; the batch dimensions of both broadcast.
+            tau (float): temperature in reward units; ``0`` is the maximum over
+                the nodes, ``inf`` their mean.
+            num_samples (int): nodes per state and action.
+            nodes (str, optional): ``"stratified"``, the deterministic
+                quadrature on quantiles, or ``"random"``. Defaults to
+                ``"stratified"``.
+
+        Returns:
+            Tensor: ``[*B]``, in reward units.
+        """
+        check_temperature("tau", tau)
+        noise = self._nodes(action, num_samples, nodes)
+        return log_mean_exp(self.sample(observation, action, num_samples, noise), tau)
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the mean reward-to-go of the state and action, ``[*B, 1]``."""
+        observation, action = (tensordict.get(key) for key in self.in_keys)
+        value = self.q_star(observation, action, math.inf, self.num_samples)
+        return tensordict.set(self.out_keys[0], value.unsqueeze(-1))
+
+    @staticmethod
+    def _nodes(like: Tensor, num_nodes: int, nodes: str) -> Tensor | None:
+        check_choice("nodes", nodes, ("stratified", "random"))
+        check_positive("num_samples", num_nodes)
+        if nodes == "random":
+            return None
+        return stratified_normal(num_nodes, device=like.device, dtype=like.dtype)

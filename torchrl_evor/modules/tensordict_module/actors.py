@@ -1,0 +1,197 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
+
+from torchrl_evor.modules.functional import check_choice, check_positive, check_temperature
+from torchrl_evor.modules.models.flow import FlowMatchingModel
+from torchrl_evor.modules.models.return_flow import ReturnFlow
+
+__all__ = ["EVORActor", "FlowMatchingPolicy"]
+
+ARGMAX_MODES = (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN)
+
+
+class FlowMatchingPolicy(TensorDictModule):
+    """Policy that samples actions by flow matching.
+
+    The tensor-only :class:`FlowMatchingModel` is reachable as ``.module``. The
+    policy is random in every exploration mode; pass explicit noise for
+    repeatability. See `Flow Matching for Generative Modeling
+    <https://arxiv.org/abs/2210.02747>`_.
+
+    Args:
+        velocity_network (nn.Module): maps the concatenation of observation,
+            action and flow time ``[*B, obs + act + 1]`` to a velocity ``[*B, act]``.
+        action_dim (int): size of the action.
+        num_steps (int, optional): Euler steps. Defaults to ``10``.
+        low (float or Tensor, optional): lower bound of the action. Defaults to ``-1.0``.
+        high (float or Tensor, optional): upper bound of the action. Defaults to ``1.0``.
+
+    Keyword Args:
+        in_keys (sequence of NestedKey, optional): the observation and, if a
+            second key is given, the noise to start from ``[*B, act]``.
+            Defaults to ``["observation"]``.
+        out_keys (sequence of NestedKey, optional): Defaults to ``["action"]``.
+
+    Raises:
+        ValueError: see :class:`FlowMatchingModel`.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> policy = FlowMatchingPolicy(torch.nn.Linear(3 + 2 + 1, 2), action_dim=2)
+        >>> data = TensorDict(observation=torch.zeros(5, 3), batch_size=[5])
+        >>> policy(data)["action"].shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        velocity_network: nn.Module,
+        action_dim: int,
+        num_steps: int = 10,
+        low: float | Tensor = -1.0,
+        high: float | Tensor = 1.0,
+        *,
+        in_keys: Sequence[NestedKey] = ("observation",),
+        out_keys: Sequence[NestedKey] = ("action",),
+    ) -> None:
+        model = FlowMatchingModel(velocity_network, action_dim, num_steps, low=low, high=high)
+        super().__init__(model, in_keys=list(in_keys), out_keys=list(out_keys))
+
+
+class EVORActor(TensorDictModuleBase):
+    r"""Acts by sampling candidates from a base policy and choosing by :math:`Q^*`.
+
+    For each state, ``num_candidates`` actions are drawn from the base policy,
+    ``num_samples`` reward-to-go nodes are integrated for each of them and
+    averaged to :math:`Q^*(x, a) = \tau_R \log E \exp(Z / \tau_R)`, and one
+    candidate is drawn from :math:`\mathrm{softmax}(Q^* / \tau_Q)`. More
+    candidates or nodes buy better actions without retraining.
+
+    Source: *Expressive Value Learning for Scalable Offline Reinforcement
+    Learning*, `arXiv:2510.08218 <https://arxiv.org/abs/2510.08218>`_.
+
+    Args:
+        policy (TensorDictModule): base policy; any TensorDict policy that
+            writes an action, not only :class:`FlowMatchingPolicy`.
+        returns (ReturnFlow): law of the reward-to-go.
+
+    Keyword Args:
+        num_candidates (int, optional): :math:`N_\pi`; ``1`` is behaviour
+            cloning. Defaults to ``32``.
+        num_samples (int, optional): nodes :math:`N` per candidate. Defaults to ``16``.
+        tau_r (float, optional): temperature of the average over the
+            reward-to-go, in reward units; ``0`` is the maximum, ``inf`` the
+            mean. Defaults to ``inf``.
+        tau_q (float, optional): temperature of the choice, in reward units;
+            ``0`` takes the best candidate. Defaults to ``0.0``.
+        nodes (str, optional): ``"stratified"`` (quantiles shared by all
+            candidates) or ``"random"`` (the paper's). Defaults to ``"stratified"``.
+        backend (str, optional): ``"torch"``, ``"triton"`` or ``"auto"``, the
+            fastest measured choice for the device. Defaults to ``"auto"``.
+        return_candidates (bool, optional): also write ``"candidates"``
+            ``[*B, num_candidates, act]`` and ``"candidate_values"``
+            ``[*B, num_candidates]``. Defaults to ``False``.
+
+    .. note::
+        Candidates stay random in every exploration mode: a zero latent would
+        collapse them into one. Under ``ExplorationType.DETERMINISTIC`` (the
+        default of TorchRL's ``Evaluator``), ``MODE`` and ``MEAN`` the best
+        candidate is taken whatever ``tau_q`` is.
+
+    Raises:
+        ValueError: if a count is below 1, a temperature negative, or
+            ``nodes`` or ``backend`` unknown.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> policy = FlowMatchingPolicy(torch.nn.Linear(3 + 2 + 1, 2), action_dim=2)
+        >>> returns = ReturnFlow(torch.nn.Linear(3 + 2 + 2, 1))
+        >>> actor = EVORActor(policy, returns, num_candidates=8, num_samples=4)
+        >>> data = actor(TensorDict(observation=torch.zeros(5, 3), batch_size=[5]))
+        >>> data["action"].shape, data["state_action_value"].shape
+        (torch.Size([5, 2]), torch.Size([5, 1]))
+    """
+
+    def __init__(
+        self,
+        policy: TensorDictModule,
+        returns: ReturnFlow,
+        *,
+        num_candidates: int = 32,
+        num_samples: int = 16,
+        tau_r: float = math.inf,
+        tau_q: float = 0.0,
+        nodes: Literal["stratified", "random"] = "stratified",
+        backend: Literal["auto", "torch", "triton"] = "auto",
+        return_candidates: bool = False,
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.returns = returns
+        self.num_candidates = check_positive("num_candidates", num_candidates)
+        self.num_samples = check_positive("num_samples", num_samples)
+        self.tau_r = check_temperature("tau_r", tau_r)
+        self.tau_q = check_temperature("tau_q", tau_q)
+        self.nodes = check_choice("nodes", nodes, ("stratified", "random"))
+        self.backend = check_choice("backend", backend, ("auto", "torch", "triton"))
+        self.return_candidates = return_candidates
+        self.in_keys = list(dict.fromkeys([*policy.in_keys, returns.in_keys[0]]))
+        self.out_keys = [policy.out_keys[0], *returns.out_keys]
+        if return_candidates:
+            self.out_keys += ["candidates", "candidate_values"]
+
+    def candidates(self, tensordict: TensorDictBase) -> Tensor:
+        """Draws ``num_candidates`` actions of the base policy, ``[*B, P, act]``."""
+        # The candidate axis goes first, where it fits leaves of any shape.
+        expanded = TensorDict(
+            {
+                key: leaf.expand(self.num_candidates, *leaf.shape)
+                for key in self.policy.in_keys
+                for leaf in [tensordict.get(key)]
+            },
+            batch_size=[self.num_candidates],
+        )
+        with set_exploration_type(ExplorationType.RANDOM):
+            return self.policy(expanded).get(self.out_keys[0]).movedim(0, -2)
+
+    def choose(self, values: Tensor) -> Tensor:
+        """Index ``[*B, 1]`` of the chosen candidate, from values ``[*B, P]``."""
+        if self.tau_q > 0 and exploration_type() not in ARGMAX_MODES:
+            # Gumbel-max: argmax of logits plus Gumbel noise is a softmax sample.
+            gumbel = -torch.empty_like(values).exponential_().log()
+            values = values / self.tau_q + gumbel
+        return values.argmax(-1, keepdim=True)
+
+    @dispatch
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the chosen action ``[*B, act]`` and its value ``[*B, 1]``."""
+        candidates = self.candidates(tensordict)
+        observation = tensordict.get(self.returns.in_keys[0]).unsqueeze(-2)
+        values = self.returns.q_star(
+            observation, candidates, self.tau_r, self.num_samples, self.nodes
+        )
+        index = self.choose(values)
+        action = candidates.take_along_dim(index.unsqueeze(-1), -2).squeeze(-2)
+        tensordict.set(self.out_keys[0], action)
+        tensordict.set(self.out_keys[1], values.gather(-1, index))
+        if self.return_candidates:
+            tensordict.set("candidates", candidates)
+            tensordict.set("candidate_values", values)
+        return tensordict

@@ -1,0 +1,353 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import dispatch
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
+
+from torchrl_evor.modules.functional import (
+    TD_TARGETS,
+    check_choice,
+    check_positive,
+    check_temperature,
+    interpolate,
+)
+from torchrl_evor.modules.models.return_flow import ReturnFlow
+from torchrl_evor.modules.tensordict_module.actors import FlowMatchingPolicy
+
+__all__ = ["EVORLoss"]
+
+
+class EVORLoss(LossModule):
+    r"""Expressive value learning for offline reinforcement learning (EVOR).
+
+    Two flow-matching regressions that share nothing. The base policy imitates
+    the data,
+
+    .. math:: L_\pi = E \| v((1-t)\epsilon + t a, t | x) - (a - \epsilon) \|^2,
+
+    and the reward-to-go flow learns the *law* of the return of the data's
+    policy by temporal differences,
+
+    .. math:: L_Z = E | s(z_t, t | x, a) - u |^2,
+
+    where the point :math:`z_t` and the target velocity :math:`u` come from one
+    transition and the target network. No gradient passes through an
+    integration and nothing is distilled. Policy improvement happens when
+    acting, in :class:`~torchrl_evor.EVORActor`.
+
+    Source: *Expressive Value Learning for Scalable Offline Reinforcement
+    Learning*, `arXiv:2510.08218 <https://arxiv.org/abs/2510.08218>`_. The
+    ``"bellman"`` target is derived in
+    :func:`~torchrl_evor.modules.functional.bellman_target`.
+
+    Args:
+        actor_network (FlowMatchingPolicy): base policy.
+        value_network (ReturnFlow): law of the reward-to-go.
+
+    Keyword Args:
+        td_target (str, optional): ``"bellman"``, ``"sample"``, ``"coupled"``
+            or ``"velocity"``. Defaults to ``"bellman"``.
+        next_action (str, optional): where the action at the next state comes
+            from: ``"policy"`` samples the base policy; ``"dataset"`` reads
+            ``("next", "action")``, an exact sample of the data's policy without
+            a network pass; ``"improved"`` chooses among candidates of the base
+            policy by the target network's :math:`Q^*`, which turns policy
+            evaluation into policy iteration. Defaults to ``"policy"``.
+        delay_value (bool, optional): keep a target value network, to be
+            updated by :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``True``.
+        reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"``.
+            Defaults to ``"mean"``.
+        num_candidates (int, optional): candidates of ``"improved"``.
+            Defaults to ``4``.
+        num_samples (int, optional): nodes per candidate of ``"improved"``.
+            Defaults to ``2``.
+        tau_r (float, optional): temperature of the reward-to-go in
+            ``"improved"``, in reward units. Defaults to ``inf``, the mean.
+        tau_q (float, optional): temperature of the choice in ``"improved"``,
+            in reward units; ``0`` takes the best. Defaults to ``0.0``.
+        use_prioritized_weights (bool or ``"auto"``, optional): weigh the
+            losses by the ``priority_weight`` entry. Defaults to ``"auto"``.
+
+    .. note::
+        The discount belongs to ``loss.make_value_estimator(gamma=...)``, 0.99
+        by default. n-step batches carry ``"steps_to_next_obs"``; n-step
+        returns of the data are unbiased here for any n, unless
+        ``next_action="improved"``. The loss writes the absolute error of each
+        row to ``"td_error"`` in its input.
+
+    .. note::
+        Data parallelism through ``DistributedDataParallel`` works; fully
+        sharded parameters do not reach functional losses.
+
+    Raises:
+        ValueError: if an option is unknown, a count below 1 or a temperature
+            negative.
+        TypeError: if a network has no velocity field.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.objectives import SoftUpdate
+        >>> from torchrl_evor import EVORLoss, FlowMatchingPolicy, ReturnFlow, VelocityMLP
+        >>> policy = FlowMatchingPolicy(VelocityMLP(3 + 2 + 1, 2, hidden_sizes=(32,)), 2)
+        >>> returns = ReturnFlow(VelocityMLP(3 + 2 + 2, 1, hidden_sizes=(32,)), scale=10.0)
+        >>> loss = EVORLoss(policy, returns)
+        >>> loss = loss.make_value_estimator(gamma=0.99)
+        >>> updater = SoftUpdate(loss, tau=0.005)
+        >>> batch = TensorDict(
+        ...     {
+        ...         "observation": torch.randn(4, 3),
+        ...         "action": torch.rand(4, 2) * 2 - 1,
+        ...         "next": {
+        ...             "observation": torch.randn(4, 3),
+        ...             "reward": torch.randn(4, 1),
+        ...             "done": torch.zeros(4, 1, dtype=torch.bool),
+        ...             "terminated": torch.zeros(4, 1, dtype=torch.bool),
+        ...         },
+        ...     },
+        ...     batch_size=[4],
+        ... )
+        >>> losses = loss(batch)
+        >>> (losses["loss_actor"] + losses["loss_value"]).backward()
+        >>> batch["td_error"].shape
+        torch.Size([4])
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys of the batch, to be changed by ``set_keys``.
+
+        Observations are read at the networks' own ``in_keys``.
+
+        Attributes:
+            action (NestedKey): action of the data. Defaults to ``"action"``.
+            reward (NestedKey): reward, under ``"next"``. Defaults to ``"reward"``.
+            done (NestedKey): end of trajectory, under ``"next"``. Defaults to ``"done"``.
+            terminated (NestedKey): termination, under ``"next"``. Defaults to
+                ``"terminated"``.
+            steps_to_next_obs (NestedKey): number of steps of an n-step
+                transition. Defaults to ``"steps_to_next_obs"``.
+            priority (NestedKey): where the error of each row is written.
+                Defaults to ``"td_error"``.
+            priority_weight (NestedKey): importance weights of prioritised
+                sampling. Defaults to ``"priority_weight"``.
+        """
+
+        action: NestedKey = "action"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        steps_to_next_obs: NestedKey = "steps_to_next_obs"
+        priority: NestedKey = "td_error"
+        priority_weight: NestedKey = "priority_weight"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    default_value_estimator = ValueEstimators.TD0
+    SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0,)
+    out_keys = ["loss_actor", "loss_value"]
+
+    actor_network: FlowMatchingPolicy
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    value_network: ReturnFlow
+    value_network_params: TensorDictParams
+    target_value_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: FlowMatchingPolicy,
+        value_network: ReturnFlow,
+        *,
+        td_target: Literal["bellman", "sample", "coupled", "velocity"] = "bellman",
+        next_action: Literal["policy", "dataset", "improved"] = "policy",
+        delay_value: bool = True,
+        reduction: Literal["none", "mean", "sum"] | None = None,
+        num_candidates: int = 4,
+        num_samples: int = 2,
+        tau_r: float = float("inf"),
+        tau_q: float = 0.0,
+        use_prioritized_weights: Literal["auto"] | bool = "auto",
+    ) -> None:
+        self._in_keys = None
+        super().__init__()
+        if not hasattr(getattr(actor_network, "module", None), "velocity"):
+            raise TypeError(f"actor_network must be a FlowMatchingPolicy, got {actor_network!r}.")
+        if not hasattr(value_network, "velocity"):
+            raise TypeError(f"value_network must be a ReturnFlow, got {value_network!r}.")
+        self.td_target = check_choice("td_target", td_target, TD_TARGETS)
+        self.next_action = check_choice(
+            "next_action", next_action, ("policy", "dataset", "improved")
+        )
+        self.reduction = check_choice("reduction", reduction or "mean", ("none", "mean", "sum"))
+        self.num_candidates = check_positive("num_candidates", num_candidates)
+        self.num_samples = check_positive("num_samples", num_samples)
+        self.tau_r = check_temperature("tau_r", tau_r)
+        self.tau_q = check_temperature("tau_q", tau_q)
+        self.use_prioritized_weights = use_prioritized_weights
+        self.convert_to_functional(actor_network, "actor_network")
+        self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
+        # Built here, so that the discount is part of every state_dict.
+        self.make_value_estimator()
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Keys of the batch that the loss needs, from the networks' and its own."""
+        if self._in_keys is not None:
+            return self._in_keys
+        keys = self.tensor_keys
+        observations = [self._actor_observation, self._value_observation]
+        following = [*observations, keys.reward, keys.done, keys.terminated]
+        if self.next_action == "dataset":
+            following.append(keys.action)
+        following = [unravel_key(("next", key)) for key in following]
+        return list(dict.fromkeys([*observations, keys.action, *following]))
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    @property
+    def _actor_observation(self) -> NestedKey:
+        return self.actor_network.in_keys[0]
+
+    @property
+    def _value_observation(self) -> NestedKey:
+        return self.value_network.in_keys[0]
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """Computes both losses and writes the error of each row to the input.
+
+        Args:
+            tensordict (TensorDictBase): a batch of transitions with the
+                entries of :attr:`in_keys`; shapes are read from the tensors.
+
+        Returns:
+            TensorDict: ``"loss_actor"``, ``"loss_value"`` and the mean
+            ``"value_target"`` in reward units.
+        """
+        loss_actor, _ = self.actor_loss(tensordict)
+        loss_value, metadata = self.value_loss(tensordict)
+        tensordict.set(self.tensor_keys.priority, metadata.pop("td_error"))
+        return TensorDict({"loss_actor": loss_actor, "loss_value": loss_value, **metadata})
+
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
+        """Flow matching of the base policy to the data's actions."""
+        observation = tensordict.get(self._actor_observation)
+        action = tensordict.get(self.tensor_keys.action)
+        noise = torch.randn_like(action)
+        time = torch.rand_like(action[..., :1])
+        with self.actor_network_params.to_module(self.actor_network):
+            velocity = self.actor_network.module.velocity(
+                observation, interpolate(noise, action, time), time
+            )
+        error = (velocity - (action - noise)).square().sum(-1)
+        loss = self._reduce_loss(error, tensordict, weights=self._weights(tensordict))
+        self._clear_weakrefs(tensordict, "actor_network_params")
+        return loss, {}
+
+    def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
+        """Flow matching of the reward-to-go to its temporal-difference target."""
+        observation = tensordict.get(self._value_observation)
+        action = tensordict.get(self.tensor_keys.action)
+        point, time, target = self.compute_target(tensordict)
+        with self.value_network_params.to_module(self.value_network):
+            velocity = self.value_network.velocity(observation, action, point, time)
+            # The posterior mean of the return given the point is where the target leads.
+            value_target = self.value_network.denormalize(point + (1 - time) * target)
+        error = (velocity - target).squeeze(-1)
+        loss = self._reduce_loss(error.square(), tensordict, weights=self._weights(tensordict))
+        metadata = {"td_error": error.detach().abs(), "value_target": value_target.mean().detach()}
+        self._clear_weakrefs(tensordict, "value_network_params", "target_value_network_params")
+        return loss, metadata
+
+    @torch.no_grad()
+    def compute_target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        """Point, flow time and target velocity of the value regression, each ``[*B, 1]``."""
+        reward, discount = self._backup(tensordict)
+        observation = tensordict.get(("next", self._value_observation))
+        action = self._next_action(tensordict)
+        noise, next_noise = torch.randn_like(reward), torch.randn_like(reward)
+        time = torch.rand_like(reward)
+        with self.target_value_network_params.to_module(self.value_network):
+            point, target = TD_TARGETS[self.td_target](
+                noise,
+                time,
+                reward,
+                discount,
+                self.value_network.integrate(observation, action, next_noise),
+                lambda z, t: self.value_network.velocity(observation, action, z, t),
+            )
+        return point, time, target
+
+    def _backup(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Reward and discount of the Bellman map in z units, each ``[*B, 1]``."""
+        keys = self.tensor_keys
+        reward_key = unravel_key(("next", keys.reward))
+        names = [unravel_key(("next", key)) for key in (keys.done, keys.terminated)]
+        step = tensordict.select(reward_key, *names, keys.steps_to_next_obs, strict=False)
+        zero = torch.zeros_like(tensordict.get(reward_key))
+        # The Bellman map is affine in the next value: its estimator gives both coefficients.
+        reward = self.value_estimator.value_estimate(step, next_value=zero)
+        step.set(reward_key, zero)
+        discount = self.value_estimator.value_estimate(step, next_value=zero + 1)
+        with self.value_network_params.to_module(self.value_network):
+            return self.value_network.normalize_reward(reward, discount), discount
+
+    def _next_action(self, tensordict: TensorDictBase) -> Tensor:
+        """Action at the next state, ``[*B, act]``."""
+        if self.next_action == "dataset":
+            return tensordict.get(("next", self.tensor_keys.action))
+        observation = tensordict.get(("next", self._actor_observation))
+        with self.actor_network_params.to_module(self.actor_network):
+            if self.next_action == "policy":
+                return self.actor_network.module(observation)
+            rows = (*observation.shape[:-1], self.num_candidates, observation.shape[-1])
+            candidates = self.actor_network.module(observation.unsqueeze(-2).expand(rows))
+        return self._improve(tensordict.get(("next", self._value_observation)), candidates)
+
+    def _improve(self, observation: Tensor, candidates: Tensor) -> Tensor:
+        """Chooses among ``candidates`` ``[*B, P, act]`` by the target network's Q*."""
+        with self.target_value_network_params.to_module(self.value_network):
+            values = self.value_network.q_star(
+                observation.unsqueeze(-2), candidates, self.tau_r, self.num_samples
+            )
+        if self.tau_q > 0:
+            values = values / self.tau_q - torch.empty_like(values).exponential_().log()
+        index = values.argmax(-1, keepdim=True).unsqueeze(-1)
+        return candidates.take_along_dim(index, -2).squeeze(-2)
+
+    def _weights(self, tensordict: TensorDictBase) -> Tensor | None:
+        # Not LossModule's own reader, which cannot look up a nested key.
+        if self.use_prioritized_weights not in (True, "auto"):
+            return None
+        return tensordict.get(self.tensor_keys.priority_weight, None)
+
+    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams):
+        """Builds the estimator that holds the discount; see :class:`LossModule`."""
+        value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
+        if value_type is not None:
+            dispatch_value_estimator(
+                self, value_type, supported=self.SUPPORTED_VALUE_ESTIMATORS, **hyperparams
+            )
+        self._forward_value_estimator_keys()
+        return self
+
+    def _forward_value_estimator_keys(self, **kwargs) -> None:
+        if self._value_estimator is not None:
+            names = ("reward", "done", "terminated", "steps_to_next_obs")
+            self._value_estimator.set_keys(
+                **{name: getattr(self.tensor_keys, name) for name in names}
+            )
