@@ -11,6 +11,7 @@ from torchrl_evor.modules import (
     FlowMatchingModel,
     FlowMatchingPolicy,
     ReturnFlow,
+    StackedVelocityMLP,
     VelocityMLP,
 )
 from torchrl_evor.objectives import EVORLoss
@@ -21,5 +22,6 @@ __all__ = [
     "FlowMatchingModel",
     "FlowMatchingPolicy",
     "ReturnFlow",
+    "StackedVelocityMLP",
     "VelocityMLP",
 ]

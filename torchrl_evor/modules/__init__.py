@@ -4,7 +4,19 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-from torchrl_evor.modules.models import FlowMatchingModel, ReturnFlow, VelocityMLP
+from torchrl_evor.modules.models import (
+    FlowMatchingModel,
+    ReturnFlow,
+    StackedVelocityMLP,
+    VelocityMLP,
+)
 from torchrl_evor.modules.tensordict_module import EVORActor, FlowMatchingPolicy
 
-__all__ = ["EVORActor", "FlowMatchingModel", "FlowMatchingPolicy", "ReturnFlow", "VelocityMLP"]
+__all__ = [
+    "EVORActor",
+    "FlowMatchingModel",
+    "FlowMatchingPolicy",
+    "ReturnFlow",
+    "StackedVelocityMLP",
+    "VelocityMLP",
+]

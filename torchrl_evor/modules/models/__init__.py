@@ -6,5 +6,6 @@ from __future__ import annotations
 
 from torchrl_evor.modules.models.flow import FlowMatchingModel, VelocityMLP
 from torchrl_evor.modules.models.return_flow import ReturnFlow
+from torchrl_evor.modules.models.stacked import StackedVelocityMLP
 
-__all__ = ["FlowMatchingModel", "ReturnFlow", "VelocityMLP"]
+__all__ = ["FlowMatchingModel", "ReturnFlow", "StackedVelocityMLP", "VelocityMLP"]

@@ -43,10 +43,11 @@ class ReturnFlow(TensorDictModuleBase):
         num_steps (int, optional): Euler steps. Defaults to ``10``.
 
     Keyword Args:
-        loc (float, optional): centre of the returns, in reward units.
-            Defaults to ``0.0``.
-        scale (float, optional): spread of the returns, in reward units.
-            Defaults to ``1.0``.
+        loc (float or Tensor, optional): centre of the returns, in reward units;
+            a tensor holds one value for each leading index of the batch, as
+            for a :class:`~torchrl_evor.StackedVelocityMLP`. Defaults to ``0.0``.
+        scale (float or Tensor, optional): spread of the returns, in reward
+            units. Defaults to ``1.0``.
         in_keys (sequence of NestedKey, optional): observation and action.
             Defaults to ``["observation", "action"]``.
         out_keys (sequence of NestedKey, optional): mean of the law, ``[*B, 1]``.
@@ -78,8 +79,8 @@ class ReturnFlow(TensorDictModuleBase):
         velocity_network: nn.Module,
         num_steps: int = 10,
         *,
-        loc: float = 0.0,
-        scale: float = 1.0,
+        loc: float | Tensor = 0.0,
+        scale: float | Tensor = 1.0,
         in_keys: Sequence[NestedKey] = ("observation", "action"),
         out_keys: Sequence[NestedKey] = ("state_action_value",),
         num_samples: int = 16,
@@ -90,38 +91,45 @@ class ReturnFlow(TensorDictModuleBase):
         self.velocity_network = velocity_network
         self.num_steps = check_positive("num_steps", num_steps)
         self.num_samples = check_positive("num_samples", num_samples)
-        self.register_buffer("loc", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(()))
+        shape = torch.broadcast_shapes(torch.as_tensor(loc).shape, torch.as_tensor(scale).shape)
+        self.register_buffer("loc", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
         self.set_normalization(loc, scale)
 
-    def set_normalization(self, loc: float, scale: float) -> None:
+    def set_normalization(self, loc: float | Tensor, scale: float | Tensor) -> None:
         """Sets the affine map between network and reward units, in place.
 
         Args:
-            loc (float): centre of the returns, in reward units.
-            scale (float): spread of the returns, in reward units.
+            loc (float or Tensor): centre of the returns, in reward units.
+            scale (float or Tensor): spread of the returns, in reward units.
 
         Raises:
-            ValueError: if ``loc`` is not finite or ``scale`` not positive and finite.
+            ValueError: if ``loc`` is not finite, ``scale`` not positive and
+                finite, or either does not fit the shape given at construction.
         """
-        loc, scale = float(loc), float(scale)
-        if not math.isfinite(loc):
+        values = {"loc": torch.as_tensor(loc), "scale": torch.as_tensor(scale)}
+        if not values["loc"].isfinite().all():
             raise ValueError(f"loc must be finite, got {loc}.")
-        if not (math.isfinite(scale) and scale > 0):
+        if not (values["scale"].isfinite() & (values["scale"] > 0)).all():
             raise ValueError(f"scale must be positive and finite, got {scale}.")
-        self.loc.fill_(loc)
-        self.scale.fill_(scale)
+        for name, value in values.items():
+            if value.ndim and value.shape != self.loc.shape:
+                raise ValueError(
+                    f"{name} must be a number or have the shape that ReturnFlow was built with, "
+                    f"{tuple(self.loc.shape)}, got {tuple(value.shape)}."
+                )
+            getattr(self, name).copy_(value)
 
     def denormalize(self, z: Tensor) -> Tensor:
         """Returns in reward units, from normalised returns of any shape."""
-        return self.loc + self.scale * z
+        return _lead(self.loc, z) + _lead(self.scale, z) * z
 
     def normalize_reward(self, reward: Tensor, discount: Tensor) -> Tensor:
         """Reward that keeps the form of the Bellman equation in z units.
 
         From ``loc + scale * z = reward + discount * (loc + scale * z')``.
         """
-        return (reward - (1 - discount) * self.loc) / self.scale
+        return (reward - (1 - discount) * _lead(self.loc, reward)) / _lead(self.scale, reward)
 
     def velocity(self, observation: Tensor, action: Tensor, z: Tensor, time: Tensor) -> Tensor:
         """Velocity of ``z`` ``[*B, 1]`` at flow time ``time`` ``[*B, 1]``, in z units."""
@@ -223,3 +231,8 @@ class ReturnFlow(TensorDictModuleBase):
         if nodes == "random":
             return None
         return stratified_normal(num_nodes, device=like.device, dtype=like.dtype)
+
+
+def _lead(buffer: Tensor, like: Tensor) -> Tensor:
+    """``buffer`` ``[*M]`` as ``[*M, 1, ..., 1]``, aligned with the leading axes of ``like``."""
+    return buffer.reshape(*buffer.shape, *(1,) * (like.ndim - buffer.ndim))
