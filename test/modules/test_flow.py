@@ -1,0 +1,209 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from torchrl_evor import FlowMatchingModel, FlowMatchingPolicy, VelocityMLP
+
+
+class Constant(nn.Module):
+    """Velocity ``value`` in every direction, whatever the input."""
+
+    def __init__(self, value, size=2):
+        super().__init__()
+        self.value, self.size = value, size
+
+    def forward(self, inputs):
+        return torch.full_like(inputs[..., : self.size], self.value)
+
+
+class ThereAndBack(nn.Module):
+    """Velocity 8 in the first half of the flow, -8 in the second."""
+
+    def forward(self, inputs):
+        return torch.where(inputs[..., -1:] < 0.5, 8.0, -8.0).expand(*inputs.shape[:-1], 2)
+
+
+class TestVelocityMLP:
+    def test_layers(self):
+        network = VelocityMLP(6, 2, hidden_sizes=(8, 4), layer_norm=True)
+        kinds = [type(layer).__name__ for layer in network.net]
+        hidden = ["Linear", "GELU", "LayerNorm"]  # normalised after the activation
+        assert kinds == [*hidden, *hidden, "Linear"]
+        assert [p.shape for p in network.parameters() if p.ndim == 2] == [(8, 6), (4, 8), (2, 4)]
+        assert network.net[1].approximate == "tanh" and network.net[2].eps == 1e-6
+
+    def test_defaults(self):
+        network = VelocityMLP(7)
+        assert [m.out_features for m in network.net if isinstance(m, nn.Linear)] == [512] * 4 + [1]
+        assert not any(isinstance(m, nn.LayerNorm) for m in network.net)
+
+    def test_initial_statistics(self):
+        """Xavier-uniform: variance 2 / (fan_in + fan_out); zero biases."""
+        for layer in VelocityMLP(300, 200, hidden_sizes=(400,)).net:
+            if isinstance(layer, nn.Linear):
+                scale = math.sqrt(6 / (layer.in_features + layer.out_features))
+                assert layer.weight.std().item() == pytest.approx(scale / math.sqrt(3), rel=0.01)
+                assert 0.99 * scale < layer.weight.abs().max().item() <= scale
+                assert (layer.bias == 0).all()
+
+    def test_reset_parameters(self):
+        network = VelocityMLP(3, hidden_sizes=(4,), layer_norm=True)
+        before = [p.clone() for p in network.parameters()]
+        for parameter in network.parameters():
+            parameter.data.fill_(7.0)
+        network.reset_parameters()
+        assert not any((p == 7).any() for p in network.parameters())
+        assert not torch.equal(before[0], network.net[0].weight)
+        assert (network.net[2].weight == 1).all() and (network.net[2].bias == 0).all()
+
+    def test_concatenates_its_inputs(self):
+        network = VelocityMLP(6, 2, hidden_sizes=(8,))
+        inputs = torch.randn(2, 3, 6)
+        torch.testing.assert_close(network(*inputs.split([3, 2, 1], -1)), network(inputs))
+
+    @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu", "silu"])
+    def test_activation(self, activation):
+        network = VelocityMLP(1, hidden_sizes=(1,), activation=activation)
+        nn.init.ones_(network.net[0].weight), nn.init.ones_(network.net[2].weight)
+        expected = {"gelu_tanh": 0.841192, "gelu": 0.841345, "relu": 1.0, "silu": 0.731059}
+        assert network(torch.ones(1)).item() == pytest.approx(expected[activation], abs=1e-5)
+
+    def test_dtype_and_device(self):
+        network = VelocityMLP(2, hidden_sizes=(3,), dtype=torch.float64, device="meta")
+        assert {(p.dtype, p.device.type) for p in network.parameters()} == {(torch.float64, "meta")}
+
+    @pytest.mark.parametrize(
+        "kwargs,name",
+        [
+            (dict(in_features=0), "in_features"),
+            (dict(out_features=0), "out_features"),
+            (dict(hidden_sizes=()), "hidden_sizes"),
+            (dict(hidden_sizes=(4, 0)), "hidden_sizes"),
+            (dict(activation="tanhh"), "activation"),
+        ],
+    )
+    def test_bad_input(self, kwargs, name):
+        with pytest.raises(ValueError, match=name):
+            VelocityMLP(**{"in_features": 3, **kwargs})
+
+
+class TestFlowMatchingModel:
+    def test_constant_velocity_by_hand(self):
+        model = FlowMatchingModel(Constant(0.5), 2)
+        noise = torch.tensor([[0.25, -0.25], [3.0, -3.0]])
+        action = model(torch.zeros(2, 3), noise)
+        torch.testing.assert_close(action, torch.tensor([[0.75, 0.25], [1.0, -1.0]]))
+
+    def test_clips_once_after_the_last_step(self):
+        noise = torch.tensor([[0.5, -0.5]])
+        action = FlowMatchingModel(ThereAndBack(), 2, num_steps=4)(torch.zeros(1, 3), noise)
+        torch.testing.assert_close(action, noise)  # clipping on the way would lose it
+
+    def test_euler_on_left_end_points(self):
+        """da/dt = time, read from the last column: (0 + 1/4 + 1/2 + 3/4) / 4."""
+        network = nn.Linear(3 + 2 + 1, 2, bias=False)
+        network.weight.data.zero_()[:, -1] = 1.0
+        action = FlowMatchingModel(network, 2, num_steps=4)(torch.ones(1, 3), torch.zeros(1, 2))
+        torch.testing.assert_close(action, torch.full((1, 2), 0.375))
+
+    def test_column_order(self):
+        """The network sees observation, action, time."""
+        seen = []
+        network = Constant(0.0)
+        network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        FlowMatchingModel(network, 2).velocity(
+            torch.full((1, 3), 3.0), torch.full((1, 2), 2.0), torch.full((1, 1), 1.0)
+        )
+        assert seen[0].tolist() == [[3, 3, 3, 2, 2, 1]]
+
+    def test_bounds_per_dimension(self):
+        bounds = dict(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([0.0, 2.0]))
+        model = FlowMatchingModel(Constant(0.0), 2, **bounds)
+        action = model(torch.zeros(2, 3), torch.tensor([[-5.0, -5.0], [5.0, 5.0]]))
+        assert action.tolist() == [[-1, 0], [0, 2]]
+
+    @pytest.mark.parametrize("batch", [(), (0,), (5,), (2, 3)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_shapes(self, batch, dtype):
+        model = FlowMatchingModel(VelocityMLP(6, 2, hidden_sizes=(8,), dtype=dtype), 2)
+        action = model(torch.randn(*batch, 3, dtype=dtype))
+        assert action.shape == (*batch, 2) and action.dtype == dtype
+        assert (action.abs() <= 1).all()
+
+    def test_bounds_follow_the_module(self):
+        assert dict(FlowMatchingModel(Constant(0.0), 2).to("meta").named_buffers()).keys() == {
+            "low",
+            "high",
+        }
+
+    @pytest.mark.parametrize(
+        "kwargs,name",
+        [
+            (dict(action_dim=0), "action_dim"),
+            (dict(num_steps=0), "num_steps"),
+            (dict(low=1.0, high=1.0), "low"),
+            (dict(low=torch.tensor([-1.0, 2.0])), "low"),
+        ],
+    )
+    def test_bad_input(self, kwargs, name):
+        with pytest.raises(ValueError, match=name):
+            FlowMatchingModel(Constant(0.0), **{"action_dim": 2, **kwargs})
+
+    def test_wrong_network_output(self):
+        model = FlowMatchingModel(nn.Linear(6, 3), 2)
+        with pytest.raises(ValueError, match=r"velocity_network .* \(5, 2\), got \(5, 3\)"):
+            model(torch.zeros(5, 3))
+
+
+class TestFlowMatchingPolicy:
+    def make(self, **kwargs):
+        return FlowMatchingPolicy(VelocityMLP(6, 2, hidden_sizes=(8,)), 2, **kwargs)
+
+    def test_writes_only_the_action(self):
+        data = TensorDict(observation=torch.randn(4, 3), batch_size=[4])
+        assert set(self.make()(data).keys()) == {"observation", "action"}
+
+    @pytest.mark.parametrize("mode", list(ExplorationType))
+    def test_is_random_in_every_exploration_mode(self, mode):
+        policy, data = self.make(), TensorDict(observation=torch.zeros(64, 3), batch_size=[64])
+        with set_exploration_type(mode):
+            action = policy(data)["action"]
+        assert len(action.unique(dim=0)) > 32
+
+    def test_explicit_noise_repeats(self):
+        policy = self.make(in_keys=["observation", "noise"])
+        data = TensorDict(observation=torch.randn(4, 3), noise=torch.randn(4, 2))
+        first = policy(data)["action"].clone()
+        torch.testing.assert_close(policy(data)["action"], first)
+        torch.testing.assert_close(first, policy.module(data["observation"], data["noise"]))
+
+    def test_nested_keys(self):
+        policy = self.make(in_keys=[("agent", "state")], out_keys=[("agent", "move")])
+        data = TensorDict(agent=TensorDict(state=torch.zeros(2, 3, 3)))
+        assert policy(data)["agent", "move"].shape == (2, 3, 2)
+
+    def test_positional_arguments(self):
+        """The order of the public signature, in which bounds come after the steps."""
+        policy = FlowMatchingPolicy(Constant(0.0), 2, 3, -0.5, 0.5)
+        assert policy.module.num_steps == 3
+        assert (policy.module.low.item(), policy.module.high.item()) == (-0.5, 0.5)
+
+    def test_compiles(self):
+        policy = self.make(in_keys=["observation", "noise"])
+        data = TensorDict(observation=torch.randn(4, 3), noise=torch.randn(4, 2))
+        compiled = torch.compile(policy, fullgraph=True, backend="aot_eager")(data.clone())
+        torch.testing.assert_close(compiled["action"], policy(data.clone())["action"])
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])

@@ -1,0 +1,264 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from _known_laws import gaussian_velocity
+
+from torchrl_evor.modules.functional import (
+    TD_TARGETS,
+    bellman_target,
+    check_choice,
+    check_positive,
+    check_temperature,
+    euler_integrate,
+    interpolate,
+    log_mean_exp,
+    stratified_normal,
+)
+
+INF = float("inf")
+
+
+def column(*values, dtype=torch.float64):
+    return torch.tensor(values, dtype=dtype).unsqueeze(-1)
+
+
+class TestPath:
+    def test_interpolate(self):
+        noise, data = torch.tensor([[2.0, 0.0]]), torch.tensor([[6.0, -4.0]])
+        point = interpolate(noise, data, torch.tensor([[0.25]]))
+        torch.testing.assert_close(point, torch.tensor([[3.0, -1.0]]))
+
+    def test_ends(self):
+        noise, data = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+        assert (interpolate(noise, data, torch.zeros(2, 3, 1)) == noise).all()
+        assert (interpolate(noise, data, torch.ones(2, 3, 1)) == data).all()
+
+    def test_euler_uses_left_end_points(self):
+        seen = []
+        z = euler_integrate(lambda z, t: seen.append(t) or 2 * t, torch.zeros(2, 1), 4)
+        assert [t[0].item() for t in seen] == [0.0, 0.25, 0.5, 0.75]
+        assert (z == 0.75).all()  # 2 * (0 + 1/4 + 1/2 + 3/4) / 4
+
+    def test_euler_compounds(self):
+        z = euler_integrate(lambda z, t: z, torch.full((1,), 4.0), 2)
+        assert z.item() == 9.0  # 4 * (1 + 1/2)^2
+
+    @pytest.mark.parametrize("batch", [(), (0,), (2, 3)])
+    def test_euler_shapes(self, batch):
+        def velocity(z, time):
+            assert time.shape == (*batch, 1)
+            return z
+
+        assert euler_integrate(velocity, torch.zeros(*batch, 5), 3).shape == (*batch, 5)
+
+
+class TestLogMeanExp:
+    def test_by_hand(self):
+        # tau * log((1 + 3) / 2) with exp(v / tau) = 1 and 3
+        values = torch.tensor([0.0, 5 * math.log(3)], dtype=torch.float64)
+        assert log_mean_exp(values, 5.0).item() == pytest.approx(5 * math.log(2), abs=1e-12)
+
+    def test_weights_by_hand(self):
+        values = torch.tensor([0.0, math.log(3)], dtype=torch.float64)
+        log_weights = torch.tensor([0.75, 0.25], dtype=torch.float64).log()
+        expected = {0.0: math.log(3), 1.0: math.log(1.5), INF: 0.25 * math.log(3)}
+        for tau, value in expected.items():
+            result = log_mean_exp(values, tau, log_weights=log_weights)
+            assert result.item() == pytest.approx(value, abs=1e-12)
+
+    @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-5), (torch.float64, 1e-9)])
+    def test_limits_are_continuous(self, dtype, tolerance):
+        values = 10 * torch.randn(2, 3, 16, dtype=dtype)
+        for tau, limit in ((1e-10, values.amax(-1)), (1e12, values.mean(-1))):
+            torch.testing.assert_close(
+                log_mean_exp(values, tau), limit, atol=tolerance, rtol=tolerance
+            )
+        assert (log_mean_exp(values, 0.0) == values.amax(-1)).all()
+        torch.testing.assert_close(log_mean_exp(values, INF), values.mean(-1))
+
+    @pytest.mark.parametrize("tau", [1e-3, 0.1, 1.0, 100.0])
+    def test_agrees_with_logsumexp(self, tau):
+        values = torch.randn(7, 16, dtype=torch.float64)
+        expected = tau * (torch.logsumexp(values / tau, -1) - math.log(16))
+        torch.testing.assert_close(log_mean_exp(values, tau), expected, atol=1e-11, rtol=1e-11)
+
+    def test_decreases_in_tau(self):
+        values = torch.randn(9, 16, dtype=torch.float64)
+        taus = (0.0, 0.01, 0.1, 1.0, 10.0, 1e3, INF)
+        results = torch.stack([log_mean_exp(values, tau) for tau in taus])
+        assert (results.diff(dim=0) < 0).all()
+
+    def test_shift_and_scale(self):
+        values = torch.randn(5, 8, dtype=torch.float64)
+        torch.testing.assert_close(
+            log_mean_exp(3 * values - 200, 3.0), 3 * log_mean_exp(values, 1.0) - 200
+        )
+
+    def test_large_values(self):
+        values = torch.tensor([1e6, 1e6 - 1, -1e6])
+        assert log_mean_exp(values, 1e-3).item() == pytest.approx(1e6, abs=0.1)
+
+    def test_dim_and_shapes(self):
+        values = torch.randn(2, 5, 3)
+        for tau in (0.0, 1.0, INF):
+            torch.testing.assert_close(
+                log_mean_exp(values, tau, dim=1), log_mean_exp(values.mT, tau)
+            )
+            assert log_mean_exp(torch.zeros(0, 4), tau).shape == (0,)
+
+    @pytest.mark.parametrize("tau", [-1e-6, -INF, float("nan")])
+    def test_bad_temperature(self, tau):
+        with pytest.raises(ValueError, match="tau must be a temperature"):
+            log_mean_exp(torch.zeros(2), tau)
+
+
+class TestStratifiedNormal:
+    def test_by_hand(self):
+        # Phi(0.6745) = 3/4; Phi(0.3186) = 5/8; Phi(1.1503) = 7/8
+        assert stratified_normal(1).tolist() == [0.0]
+        torch.testing.assert_close(
+            stratified_normal(4),
+            torch.tensor([-1.1503, -0.3186, 0.3186, 1.1503]),
+            atol=1e-4,
+            rtol=0,
+        )
+
+    def test_increasing_and_symmetric(self):
+        nodes = stratified_normal(10001)
+        assert nodes.isfinite().all() and (nodes.diff() > 0).all()
+        torch.testing.assert_close(nodes, -nodes.flip(0))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+    def test_dtype(self, dtype):
+        assert stratified_normal(3, dtype=dtype).dtype == dtype
+
+    def test_moments(self):
+        nodes = stratified_normal(1000, dtype=torch.float64)
+        assert nodes.mean().item() == pytest.approx(0, abs=1e-12)
+        assert nodes.square().mean().item() == pytest.approx(1, abs=5e-3)
+
+
+HAND = dict(
+    noise=column(1.0), time=column(0.5), reward=column(2.0), discount=column(0.5),
+    next_return=column(4.0), next_velocity=lambda z, t: z + 2 * t,
+)  # fmt: skip
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        "name,point,target",
+        [
+            ("sample", 2.5, 3.0),  # backup 4: half-way from 1, velocity 4 - 1
+            ("velocity", 2.5, 3.75),  # 2 + 0.5 * (2.5 + 1)
+            ("coupled", 2.5, 3.25),  # next point 2.5: 2 + 0.5 * 3.5 - 0.5 * 1
+            ("bellman", 2.5, 1 + 16 / 9),  # c 3/4, t' 1/3, next point 2, velocity 2 + 2/3
+        ],
+    )
+    def test_by_hand(self, name, point, target):
+        result = TD_TARGETS[name](**HAND)
+        torch.testing.assert_close(result, (column(point), column(target)))
+
+    @pytest.mark.parametrize("name", ["bellman", "sample", "coupled"])
+    def test_terminal(self, name):
+        values = dict(HAND, discount=column(0.0), next_velocity=lambda z, t: 1e3 * z)
+        torch.testing.assert_close(TD_TARGETS[name](**values), (column(1.5), column(1.0)))
+
+    def test_velocity_forgets_the_noise_at_a_terminal(self):
+        values = dict(HAND, discount=column(0.0))
+        assert TD_TARGETS["velocity"](**values)[1].item() == 2.0  # not reward - noise
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_bellman_at_the_corner(self, dtype):
+        """A terminal at flow time 1 is the only place where its divisor vanishes."""
+        one, zero = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
+        point, target = bellman_target(3 * one, one, 2 * one, zero, 7 * one, lambda z, t: z)
+        assert point.item() == 2.0 and target.item() == -1.0
+
+    def test_bellman_without_discount(self):
+        noise, time, reward, sample = torch.randn(4, 50, 1, dtype=torch.float64)
+        time = time.sigmoid()
+        point, target = bellman_target(
+            noise, time, reward, torch.ones_like(time), sample, lambda z, t: z.sin() + t
+        )
+        torch.testing.assert_close(target, reward + (point - time * reward).sin() + time)
+
+    @pytest.mark.parametrize("name", TD_TARGETS)
+    @pytest.mark.parametrize("batch", [(), (0,), (2, 3)])
+    def test_shapes(self, name, batch):
+        args = torch.rand(5, *batch, 1)
+        point, target = TD_TARGETS[name](*args, lambda z, t: z * t)
+        assert point.shape == target.shape == (*batch, 1)
+
+
+class TestLaws:
+    """The target velocity against the closed-form field of ``reward + discount * Z'``."""
+
+    mean, std, reward = 3.0, 2.0, -1.0
+
+    def errors(self, name, discount, size=200_000):
+        """Target minus the exact field, and the point at which it was computed."""
+        noise, draw = torch.randn(2, size, 1, dtype=torch.float64)
+        time = torch.rand(size, 1, dtype=torch.float64)
+        mean, std = torch.full_like(time, self.mean), torch.full_like(time, self.std)
+        discounts = torch.full_like(time, discount)
+        point, target = TD_TARGETS[name](
+            noise,
+            time,
+            torch.full_like(time, self.reward),
+            discounts,
+            mean + std * draw,
+            lambda z, t: gaussian_velocity(z, t, mean, std),
+        )
+        exact = gaussian_velocity(point, time, self.reward + discount * mean, discounts * std)
+        return target - exact, point
+
+    def bias(self, name, discount):
+        """Largest z-score of the mean error against a constant, a slope and a curve."""
+        error, point = self.errors(name, discount)
+        moments = torch.cat([error, error * point.tanh(), error * point.cos()], -1)
+        return (moments.mean(0) / moments.std(0) * len(moments) ** 0.5).abs().max().item()
+
+    @pytest.mark.parametrize("discount", [0.0, 1e-6, 0.3, 0.9, 0.99, 1.0])
+    def test_bellman_is_exact_at_every_point(self, discount):
+        assert self.errors("bellman", discount, size=2000)[0].abs().max() < 1e-9
+
+    @pytest.mark.parametrize("discount", [0.3, 0.99])
+    def test_sample_is_unbiased(self, discount):
+        assert self.bias("sample", discount) < 4
+        assert self.errors("sample", discount)[0].std() > 0.5
+
+    def test_velocity_and_coupled_are_biased(self):
+        assert self.bias("velocity", 0.3) > 20
+        assert self.bias("coupled", 0.3) > 20
+
+    def test_coupled_is_exact_without_discount(self):
+        assert self.errors("coupled", 1.0)[0].abs().max() < 1e-9
+
+
+class TestChecks:
+    @pytest.mark.parametrize("value", [0, -1, 1.0, True, "3"])
+    def test_positive(self, value):
+        with pytest.raises(ValueError, match="num_steps must be an integer of at least 1, got"):
+            check_positive("num_steps", value)
+        assert check_positive("num_steps", 3) == 3
+
+    def test_temperature(self):
+        assert [check_temperature("tau_r", value) for value in (0, 2.5, INF)] == [0, 2.5, INF]
+        with pytest.raises(ValueError, match=r"tau_r must be a temperature in \[0, inf\], got -1"):
+            check_temperature("tau_r", -1)
+
+    def test_choice(self):
+        assert check_choice("nodes", "random", ("random", "stratified")) == "random"
+        with pytest.raises(ValueError, match="nodes must be one of .*'random'.*, got 'sobol'"):
+            check_choice("nodes", "sobol", ("random", "stratified"))
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])

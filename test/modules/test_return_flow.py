@@ -1,0 +1,238 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from _known_laws import GaussianReturns, euler_gaussian_std
+from tensordict import TensorDict
+from torch import nn
+
+from torchrl_evor import ReturnFlow, VelocityMLP
+from torchrl_evor.modules.functional import stratified_normal
+
+INF = float("inf")
+
+
+def gaussian_flow(num_steps=10, **kwargs):
+    """Flow whose law is N(mean, std^2) of the observation (mean, std), in reward units."""
+    network = GaussianReturns(**kwargs, dtype=torch.float64)
+    return ReturnFlow(network, num_steps, **kwargs)
+
+
+def states(*rows):
+    observation = torch.tensor(rows, dtype=torch.float64)
+    return observation, torch.zeros(*observation.shape[:-1], 1, dtype=torch.float64)
+
+
+def mlp_flow(**kwargs):
+    return ReturnFlow(VelocityMLP(3 + 2 + 2, hidden_sizes=(16,)), **kwargs)
+
+
+class TestGaussianLaw:
+    @pytest.mark.parametrize("num_steps", [1, 2, 10, 100])
+    def test_quantiles_in_closed_form(self, num_steps):
+        """Euler's own answer: mean + std_K * node, to rounding."""
+        quantiles = gaussian_flow(num_steps).quantiles(*states((3.0, 2.0)), 7)
+        spread = euler_gaussian_std(2.0, num_steps)
+        expected = 3 + spread * stratified_normal(7, dtype=torch.float64)
+        torch.testing.assert_close(quantiles, expected.unsqueeze(0), atol=1e-12, rtol=0)
+
+    def test_quantiles_approach_the_law(self):
+        errors = [abs(euler_gaussian_std(2.0, num_steps) - 2.0) for num_steps in (10, 100, 1000)]
+        assert errors[0] > 5 * errors[1] > 25 * errors[2]
+        quantiles = gaussian_flow(1000).quantiles(*states((3.0, 2.0)), 3)
+        exact = 3 + 2 * stratified_normal(3, dtype=torch.float64)
+        torch.testing.assert_close(quantiles[0], exact, atol=0.01, rtol=0)
+
+    def test_samples_have_the_moments(self):
+        samples = gaussian_flow().sample(*states((3.0, 2.0), (-50.0, 0.5)), 20_000)
+        assert samples.shape == (2, 20_000)
+        spread = torch.tensor([euler_gaussian_std(std, 10) for std in (2.0, 0.5)])
+        mean = torch.tensor([3.0, -50.0])
+        assert ((samples.mean(-1) - mean).abs() < 4 * spread / 20_000**0.5).all()
+        assert ((samples.std(-1) / spread - 1).abs() < 0.03).all()
+
+    @pytest.mark.parametrize("tau", [0.5, 2.0, 50.0])
+    def test_q_star_of_a_gaussian(self, tau):
+        """tau * log E exp(Z / tau) = mean + std^2 / (2 tau)."""
+        flow, std = gaussian_flow(), 0.7
+        spread = euler_gaussian_std(std, flow.num_steps)
+        value = flow.q_star(*states((3.0, std)), tau, num_samples=4096)
+        assert value.item() == pytest.approx(3 + spread**2 / (2 * tau), abs=5e-3)
+
+    def test_q_star_limits(self):
+        flow, rows = gaussian_flow(), states((3.0, 2.0), (-4.0, 1.0))
+        mean = torch.tensor([3.0, -4.0], dtype=torch.float64)
+        torch.testing.assert_close(flow.q_star(*rows, INF, 16), mean)
+        quantiles = flow.quantiles(*rows, 16)
+        torch.testing.assert_close(flow.q_star(*rows, 0.0, 16), quantiles[:, -1])
+        assert flow.q_star(*rows, 0.0, 1).tolist() == pytest.approx([3.0, -4.0])
+
+    def test_random_nodes(self):
+        flow, rows = gaussian_flow(), states((3.0, 0.7))
+        values = [flow.q_star(*rows, 2.0, 4096, nodes="random").item() for _ in range(2)]
+        assert values[0] != values[1]
+        expected = 3 + euler_gaussian_std(0.7, 10) ** 2 / 4
+        assert values == pytest.approx([expected] * 2, abs=0.06)
+
+    def test_stratified_nodes_beat_random_ones(self):
+        flow, rows = gaussian_flow(), states(*[(3.0, 0.7)] * 200)
+        exact = 3 + euler_gaussian_std(0.7, 10) ** 2 / 4
+        errors = [
+            (flow.q_star(*rows, 2.0, 8, nodes=nodes) - exact).square().mean().sqrt()
+            for nodes in ("stratified", "random")
+        ]
+        assert 10 * errors[0] < errors[1]
+
+
+class TestUnits:
+    @pytest.mark.parametrize("loc,scale", [(-50.0, 20.0), (0.0, 0.1)])
+    def test_law_is_in_reward_units(self, loc, scale):
+        """The same law, seen by a network in other units."""
+        rows = states((-47.0, 3.0 * scale))
+        flow = gaussian_flow(loc=loc, scale=scale)
+        spread = scale * euler_gaussian_std(3.0, 10)
+        expected = -47 + spread * stratified_normal(5, dtype=torch.float64)
+        torch.testing.assert_close(flow.quantiles(*rows, 5)[0], expected)
+
+    def test_tau_is_in_reward_units(self):
+        rows = states((-47.0, 30.0))
+        value = gaussian_flow(loc=-50.0, scale=20.0).q_star(*rows, 100.0, 4096)
+        spread = 20 * euler_gaussian_std(1.5, 10)
+        assert value.item() == pytest.approx(-47 + spread**2 / 200, abs=0.02)
+
+    def test_normalize_reward(self):
+        """loc + scale * z = reward + discount * (loc + scale * z') for every z'."""
+        flow = mlp_flow(loc=-50.0, scale=20.0)
+        reward, discount, following = torch.randn(3, 8, 1)
+        z = flow.normalize_reward(reward, discount) + discount * following
+        expected = reward + discount * flow.denormalize(following)
+        torch.testing.assert_close(flow.denormalize(z), expected)
+
+    def test_set_normalization(self):
+        flow = mlp_flow()
+        assert (flow.loc.item(), flow.scale.item()) == (0.0, 1.0)
+        buffer = flow.scale
+        flow.set_normalization(-3, 2)
+        assert flow.scale is buffer and (flow.loc.item(), flow.scale.item()) == (-3.0, 2.0)
+        assert {"loc", "scale"} <= flow.state_dict().keys()
+
+    @pytest.mark.parametrize(
+        "loc,scale,name",
+        [(INF, 1.0, "loc"), (float("nan"), 1.0, "loc"), (0.0, 0.0, "scale"), (0.0, -1.0, "scale"),
+         (0.0, INF, "scale"), (0.0, float("nan"), "scale")],
+    )  # fmt: skip
+    def test_bad_normalization(self, loc, scale, name):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            mlp_flow(loc=loc, scale=scale)
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            mlp_flow().set_normalization(loc, scale)
+
+
+class TestSampling:
+    def test_noise_broadcasts(self):
+        flow, observation, action = mlp_flow(), torch.randn(2, 3, 3), torch.randn(2, 3, 2)
+        shared = torch.randn(5)
+        expected = flow.sample(observation, action, 5, shared.expand(2, 3, 5))
+        torch.testing.assert_close(flow.sample(observation, action, 5, shared), expected)
+        one = flow.sample(observation, action, 5, torch.zeros(2, 3, 1))
+        torch.testing.assert_close(one, one[..., :1].expand(2, 3, 5))
+
+    def test_observation_and_action_broadcast(self):
+        """One observation and many candidates, without copies by the caller."""
+        flow, observation, action = mlp_flow(), torch.randn(4, 1, 3), torch.randn(4, 6, 2)
+        noise = torch.randn(5)
+        expected = flow.sample(observation.expand(4, 6, 3), action, 5, noise)
+        assert expected.shape == (4, 6, 5)
+        torch.testing.assert_close(flow.sample(observation, action, 5, noise), expected)
+
+    @pytest.mark.parametrize("batch", [(), (0,), (3,), (2, 3)])
+    def test_shapes(self, batch):
+        flow, observation, action = mlp_flow(), torch.randn(*batch, 3), torch.randn(*batch, 2)
+        assert flow.sample(observation, action, 5).shape == (*batch, 5)
+        assert flow.quantiles(observation, action, 5).shape == (*batch, 5)
+        for nodes in ("stratified", "random"):
+            assert flow.q_star(observation, action, 1.0, 5, nodes).shape == batch
+
+    def test_samples_are_drawn_afresh(self):
+        flow, observation, action = mlp_flow(), torch.zeros(4, 3), torch.zeros(4, 2)
+        samples = torch.stack([flow.sample(observation, action, 5) for _ in range(2)])
+        assert len(samples.unique()) == samples.numel()
+
+    def test_quantiles_increase(self):
+        """Even where a coarse integration of a steep field would have lost the order."""
+        network = nn.Linear(7, 1)
+        network.weight.data[0, 5] = -3.0  # dz/dt = -3 z in one step turns the nodes around
+        flow = ReturnFlow(network, num_steps=1)
+        quantiles = flow.quantiles(torch.randn(10, 3), torch.randn(10, 2), 16)
+        assert (quantiles.diff(dim=-1) > 0).all()
+
+    def test_column_order(self):
+        """The network sees observation, action, z, time."""
+        seen = []
+        flow = mlp_flow()
+        flow.velocity_network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        flow.velocity(*[torch.full((1, size), float(i)) for i, size in enumerate((3, 2, 1, 1))])
+        assert seen[0].tolist() == [[0, 0, 0, 1, 1, 2, 3]]
+
+
+class TestModule:
+    def test_forward_writes_the_mean(self):
+        flow = gaussian_flow()
+        observation, action = states((3.0, 2.0), (-4.0, 1.0))
+        data = TensorDict(observation=observation, action=action, batch_size=[2])
+        assert flow(data)["state_action_value"].flatten().tolist() == pytest.approx([3.0, -4.0])
+        assert set(data.keys()) == {"observation", "action", "state_action_value"}
+
+    def test_dispatch(self):
+        value = mlp_flow()(observation=torch.zeros(2, 3), action=torch.zeros(2, 2))
+        assert value.shape == (2, 1)
+
+    def test_nested_keys(self):
+        flow = mlp_flow(in_keys=[("agent", "obs"), ("agent", "act")], out_keys=[("agent", "q")])
+        data = TensorDict(agent=TensorDict(obs=torch.zeros(2, 3), act=torch.zeros(2, 2)))
+        assert flow(data)["agent", "q"].shape == (2, 1)
+
+    def test_compiles(self):
+        flow, observation, action = mlp_flow(), torch.randn(4, 3), torch.randn(4, 2)
+        compiled = torch.compile(
+            lambda o, a: flow.q_star(o, a, 3.0, 8), fullgraph=True, backend="aot_eager"
+        )
+        torch.testing.assert_close(
+            compiled(observation, action), flow.q_star(observation, action, 3.0, 8)
+        )
+
+    @pytest.mark.parametrize("name", ["num_steps", "num_samples"])
+    @pytest.mark.parametrize("value", [0, -1, 2.5])
+    def test_bad_counts(self, name, value):
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
+            mlp_flow(**{name: value})
+
+    def test_bad_calls(self):
+        flow, rows = mlp_flow(), (torch.zeros(4, 3), torch.zeros(4, 2))
+        for call in (flow.sample, flow.quantiles, lambda o, a, n: flow.q_star(o, a, 1.0, n)):
+            with pytest.raises(ValueError, match="must be an integer of at least 1, got 0"):
+                call(*rows, 0)
+        with pytest.raises(ValueError, match="tau must be a temperature"):
+            flow.q_star(*rows, -1.0, 4)
+        with pytest.raises(ValueError, match="nodes must be one of"):
+            flow.q_star(*rows, 1.0, 4, nodes="sobol")
+
+    def test_wrong_network_output(self):
+        flow = ReturnFlow(nn.Linear(7, 2))
+        with pytest.raises(ValueError, match="velocity_network must return one velocity per row"):
+            flow.sample(torch.zeros(4, 3), torch.zeros(4, 2), 5)
+
+    def test_nothing_stays_behind(self):
+        """math.inf in a float64 flow keeps the dtype; so does every other temperature."""
+        for tau in (0.0, 1.0, math.inf):
+            assert gaussian_flow().q_star(*states((0.0, 1.0)), tau, 4).dtype == torch.float64
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])
