@@ -4,13 +4,10 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
@@ -22,11 +19,12 @@ from torchrl_evor.modules.functional import (
     log_mean_exp,
     stratified_normal,
 )
+from torchrl_evor.modules.models.return_model import ReturnModel
 
 __all__ = ["ReturnFlow"]
 
 
-class ReturnFlow(TensorDictModuleBase):
+class ReturnFlow(ReturnModel):
     r"""Law of the reward-to-go of a state and an action, as a scalar flow.
 
     The velocity field :math:`s(z_t, t | x, a)` carries a standard normal at
@@ -85,51 +83,11 @@ class ReturnFlow(TensorDictModuleBase):
         out_keys: Sequence[NestedKey] = ("state_action_value",),
         num_samples: int = 16,
     ) -> None:
-        super().__init__()
-        self.in_keys = list(in_keys)
-        self.out_keys = list(out_keys)
+        super().__init__(
+            loc=loc, scale=scale, in_keys=in_keys, out_keys=out_keys, num_samples=num_samples
+        )
         self.velocity_network = velocity_network
         self.num_steps = check_positive("num_steps", num_steps)
-        self.num_samples = check_positive("num_samples", num_samples)
-        shape = torch.broadcast_shapes(torch.as_tensor(loc).shape, torch.as_tensor(scale).shape)
-        self.register_buffer("loc", torch.zeros(shape))
-        self.register_buffer("scale", torch.ones(shape))
-        self.set_normalization(loc, scale)
-
-    def set_normalization(self, loc: float | Tensor, scale: float | Tensor) -> None:
-        """Sets the affine map between network and reward units, in place.
-
-        Args:
-            loc (float or Tensor): centre of the returns, in reward units.
-            scale (float or Tensor): spread of the returns, in reward units.
-
-        Raises:
-            ValueError: if ``loc`` is not finite, ``scale`` not positive and
-                finite, or either does not fit the shape given at construction.
-        """
-        values = {"loc": torch.as_tensor(loc), "scale": torch.as_tensor(scale)}
-        if not values["loc"].isfinite().all():
-            raise ValueError(f"loc must be finite, got {loc}.")
-        if not (values["scale"].isfinite() & (values["scale"] > 0)).all():
-            raise ValueError(f"scale must be positive and finite, got {scale}.")
-        for name, value in values.items():
-            if value.ndim and value.shape != self.loc.shape:
-                raise ValueError(
-                    f"{name} must be a number or have the shape that ReturnFlow was built with, "
-                    f"{tuple(self.loc.shape)}, got {tuple(value.shape)}."
-                )
-            getattr(self, name).copy_(value)
-
-    def denormalize(self, z: Tensor) -> Tensor:
-        """Returns in reward units, from normalised returns of any shape."""
-        return _lead(self.loc, z) + _lead(self.scale, z) * z
-
-    def normalize_reward(self, reward: Tensor, discount: Tensor) -> Tensor:
-        """Reward that keeps the form of the Bellman equation in z units.
-
-        From ``loc + scale * z = reward + discount * (loc + scale * z')``.
-        """
-        return (reward - (1 - discount) * _lead(self.loc, reward)) / _lead(self.scale, reward)
 
     def velocity(self, observation: Tensor, action: Tensor, z: Tensor, time: Tensor) -> Tensor:
         """Velocity of ``z`` ``[*B, 1]`` at flow time ``time`` ``[*B, 1]``, in z units."""
@@ -217,13 +175,6 @@ class ReturnFlow(TensorDictModuleBase):
         noise = self._nodes(action, num_samples, nodes)
         return log_mean_exp(self.sample(observation, action, num_samples, noise), tau)
 
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Writes the mean reward-to-go of the state and action, ``[*B, 1]``."""
-        observation, action = (tensordict.get(key) for key in self.in_keys)
-        value = self.q_star(observation, action, math.inf, self.num_samples)
-        return tensordict.set(self.out_keys[0], value.unsqueeze(-1))
-
     @staticmethod
     def _nodes(like: Tensor, num_nodes: int, nodes: str) -> Tensor | None:
         check_choice("nodes", nodes, ("stratified", "random"))
@@ -231,8 +182,3 @@ class ReturnFlow(TensorDictModuleBase):
         if nodes == "random":
             return None
         return stratified_normal(num_nodes, device=like.device, dtype=like.dtype)
-
-
-def _lead(buffer: Tensor, like: Tensor) -> Tensor:
-    """``buffer`` ``[*M]`` as ``[*M, 1, ..., 1]``, aligned with the leading axes of ``like``."""
-    return buffer.reshape(*buffer.shape, *(1,) * (like.ndim - buffer.ndim))

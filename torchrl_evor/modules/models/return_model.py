@@ -1,0 +1,124 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from torchrl_evor.modules.functional import check_positive
+
+__all__ = ["ReturnModel"]
+
+
+class ReturnModel(TensorDictModuleBase):
+    """Base of the models of the return of a state and an action.
+
+    Networks see normalised returns ``z``; everything that leaves the model is
+    in reward units, ``return = loc + scale * z``. Subclasses define
+    :meth:`q_star`, which is what :class:`~torchrl_evor.EVORActor` chooses by.
+
+    Keyword Args:
+        loc (float or Tensor, optional): centre of the returns, in reward units;
+            a tensor holds one value for each leading index of the batch, as
+            for a :class:`~torchrl_evor.StackedVelocityMLP`. Defaults to ``0.0``.
+        scale (float or Tensor, optional): spread of the returns, in reward
+            units. Defaults to ``1.0``.
+        in_keys (sequence of NestedKey, optional): observation and action.
+            Defaults to ``["observation", "action"]``.
+        out_keys (sequence of NestedKey, optional): mean of the law, ``[*B, 1]``.
+            Defaults to ``["state_action_value"]``.
+        num_samples (int, optional): nodes of the mean that :meth:`forward`
+            writes. Defaults to ``16``.
+
+    Raises:
+        ValueError: if ``num_samples`` is below 1, ``loc`` is not finite or
+            ``scale`` not positive and finite.
+    """
+
+    def __init__(
+        self,
+        *,
+        loc: float | Tensor = 0.0,
+        scale: float | Tensor = 1.0,
+        in_keys: Sequence[NestedKey] = ("observation", "action"),
+        out_keys: Sequence[NestedKey] = ("state_action_value",),
+        num_samples: int = 16,
+    ) -> None:
+        super().__init__()
+        self.in_keys = list(in_keys)
+        self.out_keys = list(out_keys)
+        self.num_samples = check_positive("num_samples", num_samples)
+        shape = torch.broadcast_shapes(torch.as_tensor(loc).shape, torch.as_tensor(scale).shape)
+        self.register_buffer("loc", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
+        self.set_normalization(loc, scale)
+
+    def set_normalization(self, loc: float | Tensor, scale: float | Tensor) -> None:
+        """Sets the affine map between network and reward units, in place.
+
+        Args:
+            loc (float or Tensor): centre of the returns, in reward units.
+            scale (float or Tensor): spread of the returns, in reward units.
+
+        Raises:
+            ValueError: if ``loc`` is not finite, ``scale`` not positive and
+                finite, or either does not fit the shape given at construction.
+        """
+        values = {"loc": torch.as_tensor(loc), "scale": torch.as_tensor(scale)}
+        if not values["loc"].isfinite().all():
+            raise ValueError(f"loc must be finite, got {loc}.")
+        if not (values["scale"].isfinite() & (values["scale"] > 0)).all():
+            raise ValueError(f"scale must be positive and finite, got {scale}.")
+        for name, value in values.items():
+            if value.ndim and value.shape != self.loc.shape:
+                raise ValueError(
+                    f"{name} must be a number or have the shape given at construction, "
+                    f"{tuple(self.loc.shape)}, got {tuple(value.shape)}."
+                )
+            getattr(self, name).copy_(value)
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """Returns in reward units, from normalised returns of any shape."""
+        return _lead(self.loc, z) + _lead(self.scale, z) * z
+
+    def normalize(self, returns: Tensor) -> Tensor:
+        """Normalised returns, from returns in reward units of any shape."""
+        return (returns - _lead(self.loc, returns)) / _lead(self.scale, returns)
+
+    def normalize_reward(self, reward: Tensor, discount: Tensor) -> Tensor:
+        """Reward that keeps the form of the Bellman equation in z units.
+
+        From ``loc + scale * z = reward + discount * (loc + scale * z')``.
+        """
+        return (reward - (1 - discount) * _lead(self.loc, reward)) / _lead(self.scale, reward)
+
+    def q_star(
+        self,
+        observation: Tensor,
+        action: Tensor,
+        tau: float,
+        num_samples: int,
+        nodes: str = "stratified",
+    ) -> Tensor:
+        r"""Optimal regularised value :math:`\tau \log E \exp(Z / \tau)`, ``[*B]``."""
+        raise NotImplementedError
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the mean return of the state and action, ``[*B, 1]``."""
+        observation, action = (tensordict.get(key) for key in self.in_keys)
+        value = self.q_star(observation, action, math.inf, self.num_samples)
+        return tensordict.set(self.out_keys[0], value.unsqueeze(-1))
+
+
+def _lead(buffer: Tensor, like: Tensor) -> Tensor:
+    """``buffer`` ``[*M]`` as ``[*M, 1, ..., 1]``, aligned with the leading axes of ``like``."""
+    return buffer.reshape(*buffer.shape, *(1,) * (like.ndim - buffer.ndim))
