@@ -3,3 +3,11 @@
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
+
+from torchrl_evor.data.datasets import (
+    OGBenchExperienceReplay,
+    collect_ogbench,
+    ogbench_arrays_to_tensordict,
+)
+
+__all__ = ["OGBenchExperienceReplay", "collect_ogbench", "ogbench_arrays_to_tensordict"]

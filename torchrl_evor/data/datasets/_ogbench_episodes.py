@@ -6,7 +6,7 @@
 
 The rules (who acts, which noise, when a goal is drawn again) follow the published description of
 OGBench's data sets, *OGBench: Benchmarking Offline Goal-Conditioned RL* (arXiv 2410.20092), and
-use the oracles that the ``ogbench`` package ships. numpy and ogbench only: no torch in workers.
+use the oracles that the ``ogbench`` package ships.
 """
 
 from __future__ import annotations

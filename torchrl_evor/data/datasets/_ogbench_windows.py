@@ -1,0 +1,239 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""n-step and action-chunk windows over flat trajectories."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torchrl.data.replay_buffers import TensorStorage
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Where the windows of a data set start and end, and what they earn.
+
+    Args:
+        start (Tensor): int64 ``[W]``, first transition.
+        end (Tensor): int64 ``[W]``, last transition, included.
+        reward (Tensor): float32 ``[W]``, sum of ``gamma**k * r`` over the window.
+        terminated (Tensor): bool ``[W]``, the window ends in a terminal.
+        done (Tensor): bool ``[W]``, it ends in a terminal or with its trajectory.
+        last (Tensor): int64 ``[W]``, last transition of its trajectory.
+    """
+
+    start: torch.Tensor
+    end: torch.Tensor
+    reward: torch.Tensor
+    terminated: torch.Tensor
+    done: torch.Tensor
+    last: torch.Tensor
+
+
+def discounted_sums(reward: np.ndarray, steps: np.ndarray, gamma: float) -> np.ndarray:
+    """Sums ``gamma**k * reward[t + k]`` over ``k < steps[t]``, for every t.
+
+    Sums over powers of two are built by doubling and put together from the bits of ``steps``:
+    log2(max(steps)) passes, and only additions, so that nothing cancels as it does between
+    prefix sums.
+
+    Args:
+        reward (array): ``[N]``.
+        steps (array): int ``[N]``, at least 0, with ``t + steps[t] <= N``.
+        gamma (float): the discount in [0, 1].
+
+    Returns:
+        array: float64 ``[N]``.
+
+    Examples:
+        >>> discounted_sums(np.array([1.0, 2.0, 4.0]), np.array([3, 1, 0]), 0.5)
+        array([3., 2., 0.])
+    """
+    block = np.asarray(reward, dtype=np.float64)  # sums over 2**bit steps
+    total, offset = np.zeros_like(block), np.zeros_like(steps)
+    for bit in range(int(steps.max(initial=0)).bit_length()):
+        chosen = np.flatnonzero(steps >> bit & 1)
+        past = offset[chosen]
+        total[chosen] += gamma**past * block[chosen + past]
+        offset[chosen] = past + (1 << bit)
+        # Blocks that would leave the array are never chosen and may stay as they are.
+        block[: -(1 << bit)] = block[: -(1 << bit)] + gamma ** (1 << bit) * block[1 << bit :]
+    return total
+
+
+def next_true(flags: np.ndarray) -> np.ndarray:
+    """Index of the first true entry at or after each position; ``len(flags)`` where none is."""
+    size = len(flags)
+    index = np.where(flags, np.arange(size), size)
+    return np.minimum.accumulate(index[::-1])[::-1]
+
+
+def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -> Windows:
+    """Lays one window at every transition that can have one.
+
+    A window covers ``n_step`` chunks of ``chunk_size`` steps. It stops at the first terminal.
+    Otherwise it stops, at the latest, where a whole next chunk of actions still follows in the
+    trajectory (for ``chunk_size=1``: at the trajectory's end, because the last state's action
+    is known). Transitions whose own chunk is incomplete, or with no whole next chunk and no
+    terminal, have no window.
+
+    Args:
+        data (TensorDict): in TED layout, trajectories contiguous and numbered by ``episode``.
+        n_step (int): length in chunks; more than a trajectory has means its rest.
+        chunk_size (int): actions per decision.
+        gamma (float): the discount per step.
+
+    Returns:
+        Windows: sorted by their start.
+    """
+    episode = data["episode"].numpy()
+    terminal = data["next", "terminated"].numpy().ravel()
+    start = np.arange(len(episode))
+    last = next_true(np.append(episode[1:] != episode[:-1], True))
+    end = np.minimum(start + min(n_step * chunk_size, len(start)) - 1, last)
+    first_terminal = next_true(terminal)
+    terminated = first_terminal <= end
+    end = np.where(terminated, first_terminal, np.minimum(end, last - (chunk_size - 1)))
+    own_end = start + chunk_size - 1
+    valid = (own_end <= last) & (terminated | (own_end <= end))
+    steps = np.where(valid, end - start + 1, 0)
+    reward = discounted_sums(data["next", "reward"].numpy().ravel(), steps, gamma)
+    kept = np.flatnonzero(valid)
+    columns = (start, end, reward.astype(np.float32), terminated, terminated | (end == last), last)
+    return Windows(*(torch.from_numpy(column[kept]) for column in columns))
+
+
+def empirical_returns(data: TensorDict, gamma: float) -> torch.Tensor:
+    """Discounted return of the data from every transition on.
+
+    It ends at a terminal. Where a trajectory ends first, its future is unknown, and is taken to
+    earn the mean reward of the data at every further step (nothing, if ``gamma`` is 1).
+
+    Args:
+        data (TensorDict): in TED layout.
+        gamma (float): the discount per step.
+
+    Returns:
+        Tensor: float64 ``[N]``.
+    """
+    episode = data["episode"].numpy()
+    reward = data["next", "reward"].numpy().ravel()
+    last = next_true(np.append(episode[1:] != episode[:-1], True))
+    first_terminal = next_true(data["next", "terminated"].numpy().ravel())
+    steps = np.minimum(last, first_terminal) - np.arange(len(last)) + 1
+    returns = discounted_sums(reward, steps, gamma)
+    if gamma < 1:
+        tail = reward.mean(dtype=np.float64) / (1 - gamma)
+        returns += np.where(first_terminal <= last, 0.0, gamma**steps * tail)
+    return torch.from_numpy(returns)
+
+
+class WindowStorage(TensorStorage):
+    """A read-only storage whose items are windows over a TED TensorDict.
+
+    A sample costs one gather of the rows where windows start and one where they end; rewards
+    were summed once, when the storage was made.
+
+    Args:
+        data (TensorDict): transitions in TED layout, batch size ``[N]``.
+        n_step (int): length of a window in chunks.
+        chunk_size (int): actions per decision.
+        gamma (float): the discount per step.
+        device (torch.device, optional): where the data lie and samples are made.
+    """
+
+    def __init__(self, data, *, n_step=1, chunk_size=1, gamma=0.99, device="cpu"):
+        windows = make_windows(data, n_step, chunk_size, gamma)
+        if not len(windows.start):
+            raise ValueError(
+                f"chunk_size={chunk_size} leaves no window: no trajectory has {2 * chunk_size - 1} "
+                f"transitions or reaches a terminal."
+            )
+        if torch.device(device).type != "cpu":
+            data = data.to(device)
+        super().__init__(data, device=device)
+        self._len = len(windows.start)
+        self.max_size = len(windows.start)
+        self._chunk_size = chunk_size
+        # Plain views: indexing a memory-mapped tensor subclass costs several times as much.
+        self._columns = {key: _plain(data[key]) for key in _COLUMNS}
+        self._windows = Windows(**{key: value.to(device) for key, value in vars(windows).items()})
+
+    @property
+    def shape(self):
+        return torch.Size([self._len])
+
+    def get(self, index) -> TensorDict:
+        """The windows at ``index`` (int, slice, list or tensor), in TED layout."""
+        windows = self._windows
+        if isinstance(index, (tuple, list, range, np.ndarray)):
+            index = torch.as_tensor(index[0] if isinstance(index, tuple) else index)
+        if isinstance(index, torch.Tensor):
+            index = index.to(windows.start.device)
+        start, end = windows.start[index], windows.end[index]
+        columns = self._columns
+        flags = torch.zeros((*start.shape, 1), dtype=torch.bool, device=start.device)
+        terminated = windows.terminated[index].unsqueeze(-1)
+        done = windows.done[index].unsqueeze(-1)
+        following = {
+            "observation": columns["next", "observation"][end],
+            "action": self._chunk(columns["next", "action"], end, index),
+            "reward": windows.reward[index].unsqueeze(-1),
+            "terminated": terminated,
+            "truncated": done & ~terminated,
+            "done": done,
+        }
+        sample = {
+            "observation": columns["observation"][start],
+            "action": self._chunk(columns["action"], start, index),
+            "episode": columns["episode"][start],
+            "steps_to_next_obs": (end - start + 1).unsqueeze(-1),
+            "done": flags,
+            "terminated": flags.clone(),
+            "truncated": flags.clone(),
+            "next": _tensordict(following, start),
+        }
+        return _tensordict(sample, start)
+
+    def _chunk(self, actions, first, index):
+        """Actions of ``chunk_size`` rows from ``first`` on, flattened: ``[*B, chunk * act]``."""
+        if self._chunk_size == 1:
+            return actions[first]
+        rows = first.unsqueeze(-1) + torch.arange(self._chunk_size, device=first.device)
+        # Only behind a terminal, where nothing is bootstrapped, can the next chunk run out of its
+        # trajectory; the last action is repeated then.
+        rows = torch.minimum(rows, self._windows.last[index].unsqueeze(-1))
+        return actions[rows].flatten(-2)
+
+    def set(self, *args, **kwargs):
+        raise RuntimeError("An OGBench data set cannot be written to.")
+
+    # The data are on disk already: checkpoints of a buffer do not copy them.
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        return None
+
+    def dumps(self, path) -> None:
+        return None
+
+    def loads(self, path) -> None:
+        return None
+
+
+_COLUMNS = ("observation", "action", "episode", ("next", "observation"), ("next", "action"))
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.as_subclass(torch.Tensor)
+
+
+def _tensordict(items: dict, like: torch.Tensor) -> TensorDict:
+    # Built without the checks: all tensors were just made with this batch shape.
+    return TensorDict._new_unsafe(items, batch_size=like.shape, device=like.device)
