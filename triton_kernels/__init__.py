@@ -2,4 +2,24 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
+"""Fused reward-to-go sampling and soft selection."""
+
 from __future__ import annotations
+
+from .ops import (
+    evor_select,
+    pack_velocity_mlp,
+    PackedVelocity,
+    sample_returns,
+    why_no_triton,
+    why_not_packable,
+)
+
+__all__ = [
+    "evor_select",
+    "pack_velocity_mlp",
+    "PackedVelocity",
+    "sample_returns",
+    "why_no_triton",
+    "why_not_packable",
+]

@@ -1,0 +1,70 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Which design and which tile: tables filled from measurements, keyed by precision and rows."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ._launch import LayerConfig, LoopConfig
+
+__all__ = ["choose", "num_programs"]
+
+# Rows up to which the loop design is taken outside of CUDA graphs: one launch instead of dozens.
+_LOOP_ROWS = 4096
+
+
+@functools.lru_cache
+def num_programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _layer_config(precision: str, rows: int) -> LayerConfig:
+    """Few rows want small tiles, so that every multiprocessor has one."""
+    half = precision in ("fp16", "bf16")
+    block_k = 64 if half else 32
+    if rows <= 512:
+        return LayerConfig(64, 32, block_k, 4, 4)
+    if rows <= 8192:
+        return LayerConfig(64, 128, block_k, 4, 4 if half else 3)
+    return LayerConfig(128, 128, block_k, 8, 3)
+
+
+def _loop_config(precision: str, rows: int, widths: tuple[int, ...]) -> LoopConfig:
+    half = precision in ("fp16", "bf16")
+    block_m = 16 if rows <= 2048 or max(widths) > 512 or precision in ("tf32x3", "ieee") else 32
+    return LoopConfig(block_m, 64 if half and max(widths) <= 512 else 32, 8, 2)
+
+
+def _loop_fits(widths: tuple[int, ...]) -> bool:
+    return len(set(widths)) == 1
+
+
+def choose(
+    backend: str, widths: tuple[int, ...], precision: str, rows: int, device: torch.device
+) -> LayerConfig | LoopConfig:
+    """Tile, and with it the design, of one call.
+
+    Args:
+        backend (str): ``"triton"`` or the name of one design.
+        widths (tuple of int): hidden widths.
+        precision (str): operands of the products.
+        rows (int): states times candidates times nodes.
+        device (torch.device): a CUDA device.
+
+    Raises:
+        RuntimeError: if ``"triton_loop"`` is asked for and the widths differ.
+    """
+    if backend == "triton_loop" and not _loop_fits(widths):
+        raise RuntimeError(
+            f"backend='triton_loop' is not available: it wants equal hidden widths, got {widths}."
+        )
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    small = rows <= _LOOP_ROWS and not captured and _loop_fits(widths)
+    if backend == "triton_loop" or (backend == "triton" and small):
+        return _loop_config(precision, rows, widths)
+    return _layer_config(precision, rows)

@@ -1,0 +1,388 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Launches the Triton kernels: weight layout, work space, configurations, order of launches."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _evor_select as kernels
+from .packing import split_tensors
+
+__all__ = ["LayerConfig", "LoopConfig", "pack_weights", "sample_z", "select", "TritonWeights"]
+
+OPERANDS = {
+    "fp16": (torch.float16, "tf32"),
+    "bf16": (torch.bfloat16, "tf32"),
+    "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "tf32x3"),
+    "ieee": (torch.float32, "ieee"),
+}
+
+
+class LayerConfig(NamedTuple):
+    """Tile of the layered design. ``rows`` bounds the rows in flight, and so the work space."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    rows: int = 32768
+    pdl: bool = False
+
+
+class LoopConfig(NamedTuple):
+    """Tile of the loop design."""
+
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+class TritonWeights(NamedTuple):
+    """Folded weights in the layout of the kernels, padded with zeros to ``pad`` columns."""
+
+    first_weight: Tensor  # [H, obs + act]
+    first_z: Tensor  # [H]
+    first_t: Tensor  # [H]
+    first_bias: Tensor | None  # [H]
+    hidden: Tensor  # [L - 1, pad, pad], operand dtype
+    sums: Tensor  # [L, pad]
+    biases: Tensor  # [L, pad]
+    head: Tensor  # [pad]
+    pad: int
+    widths: tuple[int, ...]
+
+
+def padded_width(widths, power_of_two: bool) -> int:
+    """Columns after padding: a power of two, or a multiple of 64 (of 128 above 128)."""
+    width = max(*widths, 16)
+    if power_of_two or width <= 64:
+        return 1 << (width - 1).bit_length()
+    return -(-width // 128) * 128 if width > 128 else 128
+
+
+def _fold_layer(pair, norm, out, sums, bias) -> None:
+    weight, linear_bias = pair
+    gamma, beta = norm if norm is not None else (None, None)
+    n_out, n_in = weight.shape
+    block_m = 16 if out.shape[0] >= 16 else 1
+    kernels._fold_kernel[(-(-out.shape[0] // block_m),)](
+        weight,
+        weight if gamma is None else gamma,
+        weight if beta is None else beta,
+        weight if linear_bias is None else linear_bias,
+        out,
+        sums,
+        bias,
+        n_out,
+        n_in,
+        weight.stride(0),
+        out.shape[0],
+        PAD=out.shape[-1],
+        HAS_GAMMA=gamma is not None,
+        HAS_BETA=beta is not None,
+        HAS_BIAS=linear_bias is not None,
+        BLOCK_M=block_m,
+        BLOCK_K=min(64, out.shape[-1]),
+        num_warps=4,
+    )
+
+
+def pack_weights(
+    tensors: list[Tensor | None], layer_norm: bool, precision: str, power_of_two: bool = False
+) -> TritonWeights:
+    """Folds, pads and rounds the weights: one launch per layer after the first."""
+    linears, norms = split_tensors(tensors, layer_norm)
+    first, first_bias = linears[0]
+    widths = tuple(weight.shape[0] for weight, _ in linears[:-1])
+    pad = padded_width(widths, power_of_two)
+    depth = len(linears) - 1
+    hidden = first.new_empty(depth - 1, pad, pad, dtype=OPERANDS[precision][0])
+    head = first.new_empty(1, pad, dtype=torch.float32)
+    sums = first.new_empty(depth, pad, dtype=torch.float32)
+    biases = torch.empty_like(sums)
+    with device_guard(first):
+        for index, pair in enumerate(linears[1:]):
+            out = hidden[index] if index < depth - 1 else head
+            norm = norms[index] if layer_norm else None
+            _fold_layer(pair, norm, out, sums[index], biases[index])
+    first_z, first_t = first[:, -2].contiguous(), first[:, -1].contiguous()
+    return TritonWeights(
+        first[:, :-2], first_z, first_t, first_bias, hidden, sums, biases, head[0], pad, widths
+    )
+
+
+def device_guard(tensor: Tensor):
+    # A launch on a device that is not the current one would read foreign pointers.
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def first_layer_base(weights: TritonWeights, observation: Tensor, action: Tensor) -> Tensor:
+    """Share of observation and action in the first pre-activation, ``[S, P, H]``."""
+    obs_dim = observation.shape[-1]
+    weight_x = weights.first_weight[:, :obs_dim]
+    weight_a = weights.first_weight[:, obs_dim:]
+    shared = torch.nn.functional.linear(observation, weight_x, weights.first_bias)
+    states = action.shape[0]
+    return torch.baddbmm(
+        shared.unsqueeze(1).expand(*action.shape[:2], -1),
+        action,
+        weight_a.t().expand(states, *weight_a.t().shape),
+    )
+
+
+class _Sampler(NamedTuple):
+    """What every launch of one call shares."""
+
+    weights: TritonWeights
+    base: Tensor  # [S, P, H]
+    noise: Tensor  # [R] or [N]
+    z: Tensor  # [R]
+    num_nodes: int
+    num_steps: int
+    activation: str
+    eps: float  # negative without LayerNorm
+    precision: str
+
+    @property
+    def layer_norm(self) -> bool:
+        return self.eps >= 0
+
+    @property
+    def shared_noise(self) -> bool:
+        return self.noise.numel() != self.z.numel()
+
+
+def _layered_chunk(s: _Sampler, config: LayerConfig, first_row: int, last_row: int) -> None:
+    w = s.weights
+    operand, input_precision = OPERANDS[s.precision]
+    block_n = min(config.block_n, w.pad)
+    block_k = min(config.block_k, w.pad)
+    parts = w.pad // block_n
+    padded = -(-(last_row - first_row) // config.block_m) * config.block_m
+    new = s.z.new_empty
+    buffers = [new(padded, w.pad, dtype=operand) for _ in range(2)]
+    stats = [new(parts, 2, padded) for _ in range(2)]
+    head_part = new(parts, padded)
+    common = {"LAYER_NORM": s.layer_norm, "ACTIVATION": s.activation, "PDL": config.pdl}
+    if config.pdl:
+        common["launch_pdl"] = True
+    depth = len(w.widths)
+    first_m = 8 if padded < 8192 else 16
+    for k in range(s.num_steps + 1):
+        stage = 0 if k == 0 else (1 if k < s.num_steps else 2)
+        kernels._first_kernel[(padded // first_m,)](
+            s.noise,
+            s.z,
+            head_part,
+            stats[(depth - 1) % 2],
+            w.sums[depth - 1],
+            w.biases[depth - 1],
+            s.base,
+            w.first_z,
+            w.first_t,
+            buffers[0],
+            stats[0],
+            first_row,
+            last_row,
+            s.num_nodes,
+            padded,
+            w.widths[0],
+            1.0 / w.widths[-1],
+            s.eps,
+            k / max(s.num_steps, 1),
+            1.0 / max(s.num_steps, 1),
+            PAD=w.pad,
+            PARTS=parts,
+            STAGE=stage,
+            SHARED_NOISE=s.shared_noise,
+            BLOCK_M=first_m,
+            BLOCK_K=min(128, w.pad) if w.pad % 128 == 0 or w.pad < 128 else 64,
+            num_warps=4,
+            **common,
+        )
+        if stage == 2:
+            break
+        for layer in range(depth - 1):
+            last = layer == depth - 2
+            kernels._hidden_kernel[(padded // config.block_m * parts,)](
+                buffers[layer % 2],
+                w.hidden[layer],
+                w.sums[layer],
+                w.biases[layer],
+                stats[layer % 2],
+                head_part if last else buffers[(layer + 1) % 2],
+                stats[(layer + 1) % 2],
+                w.head,
+                padded,
+                1.0 / w.widths[layer],
+                s.eps,
+                PAD=w.pad,
+                PARTS_IN=1 if layer == 0 else parts,
+                LAST=last,
+                PRECISION=input_precision,
+                BLOCK_M=config.block_m,
+                BLOCK_N=block_n,
+                BLOCK_K=block_k,
+                num_warps=config.warps,
+                num_stages=config.stages,
+                **common,
+            )
+
+
+def _layered(s: _Sampler, config: LayerConfig) -> None:
+    rows = s.z.numel()
+    chunks = -(-rows // config.rows)
+    # Equal chunks, in whole tiles: a short last chunk would leave multiprocessors idle.
+    size = -(-rows // (chunks * config.block_m)) * config.block_m
+    for start in range(0, rows, size):
+        _layered_chunk(s, config, start, min(start + size, rows))
+
+
+def _loop(s: _Sampler, config: LoopConfig, programs: int) -> None:
+    w = s.weights
+    operand, input_precision = OPERANDS[s.precision]
+    rows = s.z.numel()
+    grid = min(-(-rows // config.block_m), programs)
+    kernels._loop_kernel[(grid,)](
+        s.noise,
+        s.z,
+        s.base,
+        w.first_z,
+        w.first_t,
+        w.hidden,
+        w.sums,
+        w.biases,
+        w.head,
+        s.z.new_empty(grid, 2, config.block_m, w.pad, dtype=operand),
+        rows,
+        s.num_nodes,
+        w.widths[0],
+        s.num_steps,
+        1.0 / w.widths[0],
+        s.eps,
+        1.0 / max(s.num_steps, 1),
+        PAD=w.pad,
+        HIDDEN=w.hidden.shape[0],
+        SHARED_NOISE=s.shared_noise,
+        LAYER_NORM=s.layer_norm,
+        ACTIVATION=s.activation,
+        PRECISION=input_precision,
+        BLOCK_M=config.block_m,
+        BLOCK_K=min(config.block_k, w.pad),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def sample_z(
+    weights: TritonWeights,
+    observation: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    num_nodes: int,
+    *,
+    num_steps: int,
+    activation: str,
+    eps: float,
+    precision: str,
+    config: LayerConfig | LoopConfig,
+    programs: int = 132,
+) -> Tensor:
+    """End points of the flow, ``[S, P, N]`` float32.
+
+    Args:
+        weights (TritonWeights): from :func:`pack_weights`.
+        observation (Tensor): ``[S, obs]``.
+        action (Tensor): ``[S, P, act]``.
+        noise (Tensor): ``[S * P * N]``, or ``[N]`` for nodes shared by all candidates; contiguous.
+        num_nodes (int): ``N``.
+
+    Keyword Args:
+        num_steps (int): Euler steps.
+        activation (str): name of the activation.
+        eps (float): epsilon of the LayerNorms, negative where there are none.
+        precision (str): key of ``OPERANDS``.
+        config (LayerConfig or LoopConfig): tile, and with it the design.
+        programs (int): programs in flight of the loop design.
+
+    Returns:
+        Tensor: ``[S, P, N]``.
+    """
+    z = torch.empty(*action.shape[:2], num_nodes, dtype=torch.float32, device=action.device)
+    with device_guard(z):
+        base = first_layer_base(weights, observation, action)
+        sampler = _Sampler(
+            weights, base, noise, z.view(-1), num_nodes, num_steps, activation, eps, precision
+        )
+        if isinstance(config, LayerConfig):
+            _layered(sampler, config)
+        else:
+            _loop(sampler, config, programs)
+    return z
+
+
+def select(
+    z: Tensor,
+    action: Tensor,
+    gumbel: Tensor | None,
+    log_weights: Tensor | None,
+    loc: Tensor,
+    scale: Tensor,
+    tau_r: float,
+    tau_q: float,
+    return_samples: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values and choice from end points, one launch: action, value, all values and returns.
+
+    The last is empty unless ``return_samples``.
+    """
+    states, num_candidates, num_nodes = z.shape
+    chosen = action.new_empty(states, action.shape[-1])
+    value = z.new_empty(states)
+    q = z.new_empty(states, num_candidates)
+    returns = torch.empty_like(z) if return_samples else z.new_empty(0)
+    average = "max" if tau_r == 0 else "mean" if math.isinf(tau_r) else "lse"
+    block_p = min(triton_next_power_of_two(num_candidates), 32)
+    with device_guard(z):
+        kernels._select_kernel[(states,)](
+            z,
+            z if log_weights is None else log_weights,
+            z if gumbel is None else gumbel,
+            action,
+            loc,
+            scale,
+            chosen,
+            value,
+            q,
+            returns,
+            num_candidates,
+            num_nodes,
+            action.shape[-1],
+            tau_r,
+            tau_q,
+            math.log(num_nodes),
+            AVERAGE=average,
+            WEIGHTED=log_weights is not None,
+            SOFT=tau_q > 0,
+            RETURNS=return_samples,
+            BLOCK_P=block_p,
+            BLOCK_N=min(triton_next_power_of_two(num_nodes), 64),
+            BLOCK_A=min(triton_next_power_of_two(action.shape[-1]), 64),
+            num_warps=4,
+        )
+    return chosen, value, q, returns
+
+
+def triton_next_power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()

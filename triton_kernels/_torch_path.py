@@ -1,0 +1,73 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The folded maths in PyTorch: any device, any floating dtype, traceable by ``torch.compile``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .packing import FoldedVelocity
+
+__all__ = ["activate", "folded_sample"]
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[activation](x)
+
+
+def base_of(folded: FoldedVelocity, observation: Tensor, action: Tensor) -> Tensor:
+    """Share of observation and action in the first pre-activation, ``[S, P, H]``."""
+    obs_dim = observation.shape[-1]
+    shared = F.linear(observation, folded.first_weight[:, :obs_dim], folded.first_bias)
+    return shared.unsqueeze(1) + F.linear(action, folded.first_weight[:, obs_dim:])
+
+
+def _next_layer(g: Tensor, folded: FoldedVelocity, index: int, eps: float) -> Tensor:
+    """Pre-activation of the layer after ``g``, in the dtype of the bias."""
+    weight, bias = folded.weights[index], folded.biases[index]
+    if eps < 0:
+        return F.linear(g.to(weight.dtype), weight, bias.to(weight.dtype)).to(bias.dtype)
+    var, mean = torch.var_mean(g, -1, correction=0, keepdim=True)
+    product = F.linear(g.to(weight.dtype), weight).to(bias.dtype)
+    return torch.rsqrt(var + eps) * (product - mean * folded.row_sums[index]) + bias
+
+
+def folded_sample(
+    folded: FoldedVelocity,
+    activation: str,
+    eps: float,
+    observation: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    num_steps: int,
+) -> Tensor:
+    """End points of the flow.
+
+    Args:
+        folded (FoldedVelocity): from :func:`fold`; the dtype of its ``weights`` is that of the operands.
+        activation (str): name of the activation.
+        eps (float): epsilon of the LayerNorms, negative where there are none.
+        observation (Tensor): ``[S, obs]``.
+        action (Tensor): ``[S, P, act]``.
+        noise (Tensor): ``[N]`` or ``[S, P, N]``.
+        num_steps (int): Euler steps.
+
+    Returns:
+        Tensor: ``[S, P, N]``.
+    """
+    base = base_of(folded, observation, action).unsqueeze(2)
+    # Half-precision networks are integrated in float32.
+    wide = torch.promote_types(base.dtype, torch.float32)
+    z = noise.to(wide).expand(*action.shape[:2], noise.shape[-1])
+    for k in range(num_steps):
+        x = base + z.unsqueeze(-1) * folded.first_z + (k / num_steps) * folded.first_t
+        for index in range(len(folded.weights)):
+            x = _next_layer(activate(x, activation), folded, index, eps)
+        z = z + x.squeeze(-1) / num_steps
+    return z

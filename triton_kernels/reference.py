@@ -1,0 +1,143 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Plain PyTorch specification of reward-to-go sampling and soft selection.
+
+Slow and obvious on purpose: the faster paths of this package are tested against this file. Every function works in
+any floating dtype, on any device, and is differentiable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["choose_candidate", "evor_select_reference", "q_star", "sample_returns_reference"]
+
+
+def sample_returns_reference(
+    velocity: Callable[[Tensor], Tensor],
+    observation: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    num_steps: int,
+) -> Tensor:
+    """Integrates the reward-to-go flow from its noise, by Euler on left end points ``k / num_steps``.
+
+    Args:
+        velocity (callable): maps ``concat(observation, action, z, t)``, ``[..., obs + act + 2]``, to ``[..., 1]``.
+        observation (Tensor): ``[*B, obs]``.
+        action (Tensor): candidates, ``[*B, P, act]``.
+        noise (Tensor): start of the flow, broadcastable to ``[*B, P, N]``.
+        num_steps (int): number of Euler steps.
+
+    Returns:
+        Tensor: ``[*B, P, N]``, in units of ``z``.
+    """
+    candidates = action.shape[:-1]
+    num_nodes = noise.shape[-1]
+    z = noise.expand(*candidates, num_nodes)
+    x = observation[..., None, None, :].expand(*candidates, num_nodes, observation.shape[-1])
+    a = action.unsqueeze(-2).expand(*candidates, num_nodes, action.shape[-1])
+    for k in range(num_steps):
+        t = torch.full_like(z, k / num_steps)
+        inputs = torch.cat([x, a, z.unsqueeze(-1), t.unsqueeze(-1)], -1)
+        z = z + velocity(inputs).squeeze(-1) / num_steps
+    return z
+
+
+def q_star(returns: Tensor, tau_r: float, log_weights: Tensor | None = None) -> Tensor:
+    r"""Optimal value :math:`\tau_R \log \sum_j w_j \exp(z_j / \tau_R)` of weighted nodes (arXiv 2502.20548, Th. 2.2).
+
+    ``tau_r = 0`` is the maximum over the nodes of positive weight, ``tau_r = inf`` the weighted sum (the mean).
+
+    Args:
+        returns (Tensor): ``[*B, N]``, in reward units.
+        tau_r (float): temperature in reward units, in ``[0, inf]``.
+        log_weights (Tensor, optional): ``[N]``, logarithms of weights that sum to one. Defaults to ``-log(N)``.
+
+    Returns:
+        Tensor: ``[*B]``.
+
+    Examples:
+        >>> import torch
+        >>> q_star(torch.tensor([1.0, 3.0]), math.inf), q_star(torch.tensor([1.0, 3.0]), 0.0)
+        (tensor(2.), tensor(3.))
+    """
+    if log_weights is None:
+        log_weights = returns.new_full((returns.shape[-1],), -math.log(returns.shape[-1]))
+    if tau_r == 0:
+        return returns.masked_fill(log_weights == -math.inf, -math.inf).amax(-1)
+    if math.isinf(tau_r):
+        return (returns * log_weights.exp()).sum(-1)
+    return tau_r * torch.logsumexp(returns / tau_r + log_weights, -1)
+
+
+def choose_candidate(q: Tensor, gumbel: Tensor | None, tau_q: float) -> Tensor:
+    r"""Index of one candidate: the largest :math:`Q`, or a draw from :math:`\mathrm{softmax}(Q/\tau_Q)`.
+
+    The draw is Gumbel-max: ``argmax(q / tau_q + gumbel)``. The lowest index wins a tie. A candidate whose value is
+    NaN never wins against one that has a value.
+
+    Args:
+        q (Tensor): ``[*B, P]``.
+        gumbel (Tensor, optional): standard Gumbel noise, ``[*B, P]``. Not read when ``tau_q`` is zero.
+        tau_q (float): temperature in reward units, in ``[0, inf)``.
+
+    Returns:
+        Tensor: ``[*B]``, int64.
+
+    Examples:
+        >>> import torch
+        >>> choose_candidate(torch.tensor([0.0, 2.0, 2.0]), None, 0.0)
+        tensor(1)
+    """
+    score = q if tau_q == 0 else q / tau_q + gumbel
+    return score.masked_fill(score.isnan(), -math.inf).argmax(-1)
+
+
+def evor_select_reference(
+    velocity: Callable[[Tensor], Tensor],
+    observation: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    gumbel: Tensor | None,
+    *,
+    tau_r: float,
+    tau_q: float,
+    num_steps: int,
+    loc: float | Tensor = 0.0,
+    scale: float | Tensor = 1.0,
+    log_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores every candidate by its sampled reward-to-go and chooses one of them.
+
+    Args:
+        velocity (callable): as in :func:`sample_returns_reference`.
+        observation (Tensor): ``[*B, obs]``.
+        action (Tensor): candidates, ``[*B, P, act]``.
+        noise (Tensor): broadcastable to ``[*B, P, N]``.
+        gumbel (Tensor, optional): ``[*B, P]``.
+
+    Keyword Args:
+        tau_r (float): temperature of the reward-to-go average, reward units.
+        tau_q (float): temperature of the choice, reward units.
+        num_steps (int): Euler steps.
+        loc (float or Tensor): ``return = loc + scale * z``.
+        scale (float or Tensor): see ``loc``.
+        log_weights (Tensor, optional): ``[N]``.
+
+    Returns:
+        tuple of Tensor: the chosen action ``[*B, act]``, its value ``[*B]``, all values ``[*B, P]`` and all returns
+        ``[*B, P, N]``, the last three in reward units.
+    """
+    z = sample_returns_reference(velocity, observation, action, noise, num_steps)
+    returns = loc + scale * z
+    q = q_star(returns, tau_r, log_weights)
+    index = choose_candidate(q, gumbel, tau_q).unsqueeze(-1)
+    chosen = action.gather(-2, index.unsqueeze(-1).expand(*index.shape, action.shape[-1]))
+    return chosen.squeeze(-2), q.gather(-1, index).squeeze(-1), q, returns
