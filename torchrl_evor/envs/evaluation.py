@@ -101,12 +101,12 @@ def rollout_episodes(
         ([20, 20, 20], [-20.0, -20.0, -20.0])
     """
     _check_arguments(num_episodes, num_envs, chunk_size, record)
+    bar = _progress_bar(num_episodes, progress)
     made = callable(envs)
     owned = [envs() for _ in range(min(num_envs, num_episodes))] if made else list(envs)
     if not owned:
         raise ValueError("envs must hold at least one environment, got an empty sequence.")
     decide = _Decider(policy, chunk_size, device, observation_key, action_key)
-    bar = _progress_bar(num_episodes, progress)
     try:
         episodes = _run(
             [getattr(env, "simulator", env) for env in owned], decide, num_episodes, seed, bar
