@@ -1,0 +1,249 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Raw result rows: one CSV line per trained and evaluated seed, results/<env>/<method>.csv.
+
+Aggregates are never stored; report.py recomputes them from these rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fcntl
+import io
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultRow:
+    """One evaluated seed of one method on one task. What was not measured is ``None``.
+
+    Args:
+        env (str): dataset without task and version, for example ``pointmaze-medium-navigate``.
+        task (int): OGBench's task, from 1.
+        method (str): for example ``evor``, ``qc-1``, ``bc``.
+        seed (int): seed of the training run.
+        num_updates (int): gradient steps.
+        hidden (str): hidden layers, for example ``256x256x256``.
+        batch_size (int): rows in a gradient step.
+        device (str): what it ran on, for example ``cpu``.
+        episodes (int): evaluation episodes.
+        success (float): share of successful episodes, 0 to 1.
+        return_mean (float): mean undiscounted return of the episodes.
+        protocol (str, optional): label of the setting; different ones are never put together.
+        num_transitions (int, optional): transitions in the dataset.
+        n_step (int, optional): steps of data rewards in a target.
+        num_candidates (int, optional): candidates per decision.
+        num_samples (int, optional): reward-to-go nodes per candidate.
+        tau_r (float, optional): temperature of the reward-to-go average, reward units.
+        length_mean (float, optional): mean number of steps of an episode.
+        train_seconds (float, optional): wall-clock time of training.
+        eval_seconds_per_decision (float, optional): time of the actor per decision and episode.
+        peak_memory_mb (float, optional): peak memory of training.
+        parameters (int, optional): trained parameters.
+        command (str, optional): the command that repeats it.
+    """
+
+    env: str
+    task: int
+    method: str
+    seed: int
+    num_updates: int
+    hidden: str
+    batch_size: int
+    device: str
+    episodes: int
+    success: float
+    return_mean: float
+    protocol: str | None = None
+    num_transitions: int | None = None
+    n_step: int | None = None
+    num_candidates: int | None = None
+    num_samples: int | None = None
+    tau_r: float | None = None
+    length_mean: float | None = None
+    train_seconds: float | None = None
+    eval_seconds_per_decision: float | None = None
+    peak_memory_mb: float | None = None
+    parameters: int | None = None
+    command: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_field(field.name, field.type, getattr(self, field.name))
+        if not 0 <= self.success <= 1:
+            raise ValueError(f"success must lie between 0 and 1, got {self.success}.")
+        if self.episodes < 1:
+            raise ValueError(f"episodes must be at least 1, got {self.episodes}.")
+        if self.task < 1:
+            raise ValueError(f"task must be at least 1, got {self.task}.")
+
+    @property
+    def key(self) -> tuple:
+        """The run and its setting: what may occur only once."""
+        return tuple(getattr(self, name) for name in ("env", "method", "task", "seed", *SETTINGS))
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(ResultRow))
+# What has to agree before rows of one method may be averaged.
+SETTINGS = (
+    "protocol",
+    "num_updates",
+    "num_transitions",
+    "n_step",
+    "hidden",
+    "batch_size",
+    "device",
+    "episodes",
+    "num_candidates",
+    "num_samples",
+    "tau_r",
+)
+_TYPES = {"str": str, "int": int, "float": float}
+
+
+def _check_field(name: str, kind: str, value: object) -> None:
+    if value is None and kind.endswith("| None"):
+        return
+    base = kind.split(" ")[0]
+    if base == "str":
+        if not (isinstance(value, str) and value.strip()):
+            raise ValueError(f"{name} must be a text that is not empty, got {value!r}.")
+    elif isinstance(value, bool) or not isinstance(value, int if base == "int" else (int, float)):
+        raise ValueError(f"{name} must be of type {base}, got {value!r}.")
+    elif math.isnan(value) or (math.isinf(value) and name != "tau_r"):
+        raise ValueError(f"{name} must be finite, got {value!r}.")
+    elif value < 0 and name != "return_mean":
+        raise ValueError(f"{name} must be at least 0, got {value!r}.")
+
+
+def make_row(row: Mapping[str, object] | ResultRow) -> ResultRow:
+    """Checks a mapping from columns to values."""
+    if isinstance(row, ResultRow):
+        return row
+    required = {f.name for f in dataclasses.fields(ResultRow) if f.default is dataclasses.MISSING}
+    unknown, missing = sorted(set(row) - set(COLUMNS)), sorted(required - set(row))
+    if unknown or missing:
+        raise ValueError(
+            f"row must have the columns of ResultRow, got unknown {unknown}, missing {missing}."
+        )
+    return ResultRow(**row)
+
+
+def append_row(path: str | Path, row: Mapping[str, object] | ResultRow) -> None:
+    """Adds a row to a csv file; a row of the same run in the same setting is replaced.
+
+    The file is rewritten under a temporary name and renamed, and writers wait for each other: an
+    interrupt or a second process leaves no half-written or lost line.
+
+    Args:
+        path (str or Path): the file, ``results/<env>/<method>.csv``; made with its folder if
+            missing.
+        row (Mapping or ResultRow): values of the columns, see :class:`ResultRow`.
+
+    Raises:
+        ValueError: if a column is unknown or missing, a value is bad, or the file is not ours.
+    """
+    row, path = make_row(row), Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path.parent):
+        rows = read_file(path) if path.exists() else []
+        _write(path, [*(old for old in rows if old.key != row.key), row])
+
+
+def read_rows(results: str | Path) -> list[ResultRow]:
+    """All rows of a results folder, checked.
+
+    Folders and files whose name starts with ``_`` or ``.`` are left alone.
+
+    Args:
+        results (str or Path): the folder that holds ``<env>/<method>.csv``.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it holds no rows, or a file that does not belong: other columns, rows of
+            another environment or method than its path says, bad values, duplicates.
+    """
+    root = Path(results)
+    if not root.is_dir():
+        raise FileNotFoundError(f"results must be a folder, got {str(root)!r}.")
+    names = [path.relative_to(root) for path in sorted(root.glob("*/*.csv"))]
+    names = [name for name in names if not any(part[0] in "_." for part in name.parts)]
+    rows = []
+    for name in names:
+        for row in read_file(root / name):
+            if (row.env, row.method) != (name.parent.name, name.stem):
+                raise ValueError(
+                    f"{root / name} must hold rows of env={name.parent.name!r} and "
+                    f"method={name.stem!r} only, got {row.env!r} and {row.method!r}."
+                )
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"results must hold rows in <env>/<method>.csv, got none in {root}.")
+    return rows
+
+
+def read_file(path: str | Path) -> list[ResultRow]:
+    """The rows of one file, checked."""
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(
+                f"{path} must have the columns {','.join(COLUMNS)}, got {reader.fieldnames}."
+            )
+        rows = [_parse(path, reader.line_num, record) for record in reader]
+    keys = [row.key for row in rows]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{path} holds a run twice: {key}.")
+    return rows
+
+
+def _parse(path: str | Path, line: int, record: dict) -> ResultRow:
+    if None in record or None in record.values():
+        raise ValueError(f"{path}, line {line}: expected {len(COLUMNS)} values.")
+    values = {}
+    try:
+        for field in dataclasses.fields(ResultRow):
+            text = record[field.name]
+            blank = text == "" and field.default is None
+            values[field.name] = None if blank else _TYPES[field.type.split(" ")[0]](text)
+        return ResultRow(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {line}: {error}") from error
+
+
+def _write(path: Path, rows: list[ResultRow]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in rows)
+    write_text(path, text.getvalue())
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file under a temporary name, then renames it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Holds the folder against other writers (released by the system if the process dies)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
