@@ -6,8 +6,18 @@ from __future__ import annotations
 
 from torchrl_evor.data.datasets import (
     OGBenchExperienceReplay,
+    Windows,
+    WindowStorage,
     collect_ogbench,
+    make_windows,
     ogbench_arrays_to_tensordict,
 )
 
-__all__ = ["OGBenchExperienceReplay", "collect_ogbench", "ogbench_arrays_to_tensordict"]
+__all__ = [
+    "OGBenchExperienceReplay",
+    "WindowStorage",
+    "Windows",
+    "collect_ogbench",
+    "make_windows",
+    "ogbench_arrays_to_tensordict",
+]

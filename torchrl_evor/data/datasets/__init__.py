@@ -4,10 +4,18 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+from torchrl_evor.data.datasets._ogbench_windows import Windows, WindowStorage, make_windows
 from torchrl_evor.data.datasets.ogbench import (
     OGBenchExperienceReplay,
     ogbench_arrays_to_tensordict,
 )
 from torchrl_evor.data.datasets.ogbench_scripted import collect_ogbench
 
-__all__ = ["OGBenchExperienceReplay", "collect_ogbench", "ogbench_arrays_to_tensordict"]
+__all__ = [
+    "OGBenchExperienceReplay",
+    "WindowStorage",
+    "Windows",
+    "collect_ogbench",
+    "make_windows",
+    "ogbench_arrays_to_tensordict",
+]

@@ -36,6 +36,10 @@ class OGBenchFile:
     num_episodes: int
     episode_length: int
 
+    def npz_name(self, split: str) -> str:
+        """OGBench's file name for ``"train"`` or ``"val"``."""
+        return f"{self.name}{'-val' if split == 'val' else ''}.npz"
+
 
 @dataclasses.dataclass(frozen=True)
 class OGBenchName:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from filelock import FileLock
+from tensordict import TensorDict
 from torchrl.data.datasets.common import BaseDatasetExperienceReplay
 from torchrl.data.datasets.utils import _get_root_dir, register_dataset
 from torchrl.data.replay_buffers import ImmutableDatasetWriter, Sampler, Writer
@@ -62,7 +63,8 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
       ends with its trajectory; ``("next", "done")``: either.
 
     Transitions whose chunk, or the next one, would leave the trajectory are not sampled
-    (``2 * chunk_size - 2`` at each end; none for ``chunk_size=1``). ``len(data)`` counts windows.
+    (the last ``2 * chunk_size - 2`` of each trajectory, unless a terminal comes first; none for
+    ``chunk_size=1``). ``len(data)`` counts windows.
 
     Args:
         dataset_id (str): ``"<scene>-<kind>-singletask-v0"`` for the default task, or
@@ -172,6 +174,11 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         )
 
     @property
+    def transitions(self) -> TensorDict:
+        """All transitions in TED layout, batch size ``[N]``: memory-mapped, read only."""
+        return self._data
+
+    @property
     def data_path_root(self) -> Path:
         """The cache of this data file: both splits, all tasks, and the npz files if ours."""
         return self.root / self._origin / self._name.file.name
@@ -198,7 +205,7 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
 
     @property
     def _npz_path(self) -> Path:
-        name = self._name.file.name + ("-val" if self.split == "val" else "") + ".npz"
+        name = self._name.file.npz_name(self.split)
         if self.directory is None:
             return self.data_path_root / name
         path = self.directory / name

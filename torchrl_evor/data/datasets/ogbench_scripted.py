@@ -66,7 +66,8 @@ def collect_ogbench(
     Args:
         dataset_id (str): ``"cube-single-play-v0"``, or a single-task name, whose task is ignored
             because all tasks share their data.
-        path (path-like): the ``.npz`` file to write.
+        path (path-like): the ``.npz`` file to write, or a folder (anything without a suffix), where
+            the file gets OGBench's own name: ``<name>.npz``, or ``<name>-val.npz``.
         num_transitions (int, optional): how many transitions at least; whole episodes are
             recorded. Defaults to the size of the official file (a tenth of it for ``"val"``).
         seed (int, optional): the seed of the whole file. Defaults to 0.
@@ -127,8 +128,10 @@ class _Plan:
         _check_scripted(file)
         _check_numbers(num_transitions, seed, split, noise, p_random, length)
         path = Path(path)
+        if not path.suffix or path.is_dir():
+            path = path / file.npz_name(split)
         if path.suffix != ".npz":
-            raise ValueError(f"path must end in '.npz', got {str(path)!r}.")
+            raise ValueError(f"path must end in '.npz' or be a folder, got {str(path)!r}.")
         behaviour = Behaviour.official(
             file, noise=noise, p_random_action=p_random, episode_length=length
         )
