@@ -112,8 +112,13 @@ def log_mean_exp(
     if math.isinf(tau):
         return (weights * values).sum(dim)
     # expm1 and log1p keep the digits that cancel when tau is large.
-    excess = (weights * torch.expm1((values - top) / tau)).sum(dim)
-    return top.squeeze(dim) + tau * torch.log1p(excess)
+    depth = (values - top) / tau
+    excess = (weights * torch.expm1(depth)).sum(dim)
+    soft = torch.log1p(excess)
+    if log_weights is not None:
+        # Under a top node of hardly any weight the excess cancels to -1.
+        soft = torch.where(excess < -0.5, torch.logsumexp(depth + log_weights, dim), soft)
+    return top.squeeze(dim) + tau * soft
 
 
 def check_temperature(name: str, value: float) -> float:
