@@ -108,6 +108,14 @@ SETTINGS = (
 _TYPES = {"str": str, "int": int, "float": float}
 
 
+def parse_value(column: str, text: str) -> object:
+    """The value that a cell's text stands for; an empty optional cell is ``None``."""
+    field = next(f for f in dataclasses.fields(ResultRow) if f.name == column)
+    if text == "" and field.default is None:
+        return None
+    return _TYPES[field.type.split(" ")[0]](text)
+
+
 def _check_field(name: str, kind: str, value: object) -> None:
     if value is None and kind.endswith("| None"):
         return
@@ -208,13 +216,8 @@ def read_file(path: str | Path) -> list[ResultRow]:
 def _parse(path: str | Path, line: int, record: dict) -> ResultRow:
     if None in record or None in record.values():
         raise ValueError(f"{path}, line {line}: expected {len(COLUMNS)} values.")
-    values = {}
     try:
-        for field in dataclasses.fields(ResultRow):
-            text = record[field.name]
-            blank = text == "" and field.default is None
-            values[field.name] = None if blank else _TYPES[field.type.split(" ")[0]](text)
-        return ResultRow(**values)
+        return ResultRow(**{column: parse_value(column, record[column]) for column in COLUMNS})
     except ValueError as error:
         raise ValueError(f"{path}, line {line}: {error}") from error
 

@@ -1,0 +1,380 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Turns raw result rows into tables with intervals, and plots.
+
+    python report.py                                  writes report/report.md and plots
+    python report.py --readme ../../README.md         also renews the tables of the README
+    python report.py --where evor:tau_r=inf           picks one of several settings
+
+Reads results/<env>/<method>.csv (see results_io.py), one row per trained seed and task. Per
+environment: mean and interquartile mean (IQM) of success with intervals by stratified bootstrap
+over seeds, cost, comparisons with one method, and published numbers (published.csv) in a column
+of their own. Rows of different settings or protocols are never averaged: that is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from results_io import COLUMNS, SETTINGS, ResultRow, parse_value, read_rows, write_text
+
+from torchrl_evor.record import (
+    iqm,
+    mean,
+    mean_difference,
+    probability_of_improvement,
+    stratified_bootstrap,
+)
+
+_has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+
+HERE = Path(__file__).resolve().parent
+PLOTS = "@plots@"  # stands for the plots' folder as seen from the file that is written
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+# What all methods of one table must share; the remaining settings may differ between methods.
+SHARED = ("protocol", "num_transitions", "episodes")
+
+
+@dataclasses.dataclass
+class Method:
+    """The rows of one method on one environment, and their success as ``[seeds, tasks]``."""
+
+    name: str
+    rows: list[ResultRow]
+
+    def __post_init__(self) -> None:
+        self.where = f"{self.rows[0].env}, {self.name}"
+        self._check_settings()
+        self.tasks = sorted({row.task for row in self.rows})
+        self.scores = self._matrix()
+
+    def _check_settings(self) -> None:
+        for column in SETTINGS:
+            values = {getattr(row, column) for row in self.rows}
+            if len(values) > 1:
+                raise ValueError(
+                    f"{self.where}: rows of different {column} would be averaged: "
+                    f"{sorted(map(str, values))}. Choose with --where {self.name}:{column}=..."
+                )
+
+    def _matrix(self) -> np.ndarray:
+        columns = []
+        for task in self.tasks:
+            rows = sorted((row for row in self.rows if row.task == task), key=lambda r: r.seed)
+            columns.append([row.success for row in rows])
+        counts = {task: len(column) for task, column in zip(self.tasks, columns)}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"{self.where}: as many seeds for each task needed, got {counts}.")
+        return np.array(columns).T
+
+    def average(self, column: str) -> float | None:
+        """Mean over all rows, None where a row was not measured."""
+        values = [getattr(row, column) for row in self.rows]
+        return None if None in values else float(np.mean(values))
+
+
+class Estimator:
+    """Point estimates with intervals, as text."""
+
+    def __init__(self, num_resamples: int, confidence: float, seed: int, single: bool) -> None:
+        self.num_resamples, self.confidence = num_resamples, confidence
+        self.generator = np.random.default_rng(seed)
+        self.single = single
+
+    def interval(self, statistic, *scores: np.ndarray) -> tuple[float, float] | None:
+        """The bootstrap interval; None for a single seed, where that was asked for."""
+        if min(len(matrix) for matrix in scores) < 2:
+            if self.single:
+                return None
+            raise ValueError(
+                "an interval needs at least 2 seeds per task, got 1; pass --allow-single-seed "
+                "to report single seeds without intervals."
+            )
+        return stratified_bootstrap(
+            scores,
+            statistic,
+            num_resamples=self.num_resamples,
+            confidence=self.confidence,
+            generator=self.generator,
+        )
+
+    def text(self, statistic, *scores: np.ndarray) -> str:
+        """``estimate [low, high]`` in percent."""
+        value, interval = 100 * statistic(*scores), self.interval(statistic, *scores)
+        if interval is None:
+            return f"{value:.1f} (1 seed)"
+        return f"{value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def group(rows: list[ResultRow]) -> dict[str, list[Method]]:
+    """Environment -> its methods, each checked, comparable with each other."""
+    environments = {}
+    for env in sorted({row.env for row in rows}):
+        here = [row for row in rows if row.env == env]
+        names = sorted({row.method for row in here})
+        methods = [Method(name, [row for row in here if row.method == name]) for name in names]
+        _check_comparable(env, methods)
+        environments[env] = methods
+    return environments
+
+
+def _check_comparable(env: str, methods: list[Method]) -> None:
+    for column in SHARED:
+        values = {method.name: getattr(method.rows[0], column) for method in methods}
+        if len(set(values.values())) > 1:
+            raise ValueError(
+                f"{env}: methods of different {column} would share a table: {values}. "
+                f"Choose with --where {column}=..."
+            )
+    tasks = {method.name: method.tasks for method in methods}
+    if len(set(map(tuple, tasks.values()))) > 1:
+        raise ValueError(f"{env}: all methods must have the same tasks, got {tasks}.")
+
+
+def select(rows: list[ResultRow], conditions: list[str]) -> list[ResultRow]:
+    """Keeps the rows that meet all ``[METHOD:]COLUMN=VALUE``; others' methods are unaffected."""
+    for condition in conditions:
+        target, equals, text = condition.partition("=")
+        method, colon, column = target.rpartition(":")
+        if not equals or column not in COLUMNS:
+            raise ValueError(
+                f"--where must be [METHOD:]COLUMN=VALUE with a column of {', '.join(COLUMNS)}, "
+                f"got {condition!r}."
+            )
+        value = parse_value(column, text)
+        rows = [
+            row for row in rows if (colon and row.method != method) or getattr(row, column) == value
+        ]
+        if not rows:
+            raise ValueError(f"--where {condition} leaves no rows.")
+    return rows
+
+
+def read_published(path: Path) -> dict[str, list[dict[str, str]]]:
+    """Environment -> published rows (method, success_percent, source)."""
+    published: dict[str, list[dict[str, str]]] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            published.setdefault(row["env"], []).append(row)
+    return published
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float | None, form: str = ",.0f", scale: float = 1.0) -> str:
+    """A number, or a dash for what was not measured."""
+    return "-" if value is None else format(scale * value, form)
+
+
+def main_table(methods: list[Method], published: list[dict], estimator: Estimator) -> str:
+    """Success with intervals and cost of each method; published numbers in the last column."""
+    level = f"{100 * estimator.confidence:g} %"
+    header = ["Method", "Seeds × tasks", f"Success, mean [{level}]", f"Success, IQM [{level}]"]
+    header += ["Training, s", "ms per decision", "Peak MB", "Parameters"]
+    header += ["**Published, not our runs** (%)"]
+    cited = {row["method"]: f"{row['success_percent']} ({row['source']})" for row in published}
+    rows = []
+    for method in methods:
+        rows.append(
+            [
+                method.name,
+                "{} × {}".format(*method.scores.shape),
+                estimator.text(mean, method.scores),
+                estimator.text(iqm, method.scores),
+                number(method.average("train_seconds")),
+                number(method.average("eval_seconds_per_decision"), ".2f", 1e3),
+                number(method.average("peak_memory_mb")),
+                number(method.average("parameters")),
+                cited.pop(method.name, "-"),
+            ]
+        )
+    rows += [[f"*{name}*", *["-"] * 7, text] for name, text in cited.items()]
+    return table(header, rows)
+
+
+def task_table(methods: list[Method]) -> str:
+    """Mean over seeds for each task, in percent."""
+    header = ["Method", *(f"Task {task}" for task in methods[0].tasks)]
+    rows = [[m.name, *(f"{100 * x:.1f}" for x in m.scores.mean(axis=0))] for m in methods]
+    return table(header, rows)
+
+
+def comparison_table(methods: list[Method], reference: str, estimator: Estimator) -> str:
+    """The reference method against every other one."""
+    first = next(method for method in methods if method.name == reference)
+    level = f"{100 * estimator.confidence:g} %"
+    header = [
+        f"{reference} against",
+        f"Difference of means, points [{level}]",
+        f"Probability of improvement, % [{level}]",
+    ]
+    rows = [
+        [
+            other.name,
+            estimator.text(mean_difference, first.scores, other.scores),
+            estimator.text(probability_of_improvement, first.scores, other.scores),
+        ]
+        for other in methods
+        if other is not first
+    ]
+    return table(header, rows)
+
+
+def settings_list(methods: list[Method]) -> str:
+    """What each method's rows were made with, and a command that repeats one of them."""
+    lines = []
+    for method in methods:
+        first = method.rows[0]
+        values = {name: getattr(first, name) for name in SETTINGS}
+        setting = ", ".join(f"{name} {v}" for name, v in values.items() if v is not None)
+        command = f"; first of {len(method.rows)} runs: `{first.command}`" if first.command else ""
+        lines.append(f"- {method.name}: {setting}{command}")
+    return "\n".join(lines)
+
+
+def environment_section(
+    env: str, methods: list[Method], published: list[dict], reference: str, estimator: Estimator
+) -> str:
+    """Everything about one environment."""
+    parts = [f"### {env}", main_table(methods, published, estimator), task_table(methods)]
+    if len(methods) > 1 and reference in [method.name for method in methods]:
+        parts.append(comparison_table(methods, reference, estimator))
+    parts.append(settings_list(methods))
+    return "\n\n".join(parts)
+
+
+def overall_section(environments: dict[str, list[Method]], estimator: Estimator) -> str:
+    """All tasks of all environments, for the methods that were run on each of them."""
+    by_name: dict[str, list[np.ndarray]] = {}
+    for methods in environments.values():
+        for method in methods:
+            by_name.setdefault(method.name, []).append(method.scores)
+    rows, notes = [], []
+    for name, matrices in sorted(by_name.items()):
+        seeds = [len(matrix) for matrix in matrices]
+        if len(matrices) < len(environments):
+            notes.append(f"{name} is left out: run on {len(matrices)} of the environments.")
+        elif len(set(seeds)) > 1:
+            notes.append(f"{name} is left out: {seeds} seeds, not the same number everywhere.")
+        else:
+            scores = np.concatenate(matrices, axis=1)
+            shape = "{} × {}".format(*scores.shape)
+            rows.append([name, shape, estimator.text(mean, scores), estimator.text(iqm, scores)])
+    header = ["Method", "Seeds × tasks", "Success, mean", "Success, IQM"]
+    body = [table(header, rows)] if rows else []
+    return "\n\n".join([f"### All {len(environments)} environments", *body, *notes])
+
+
+def plot_environment(env: str, methods: list[Method], estimator: Estimator, path: Path) -> None:
+    """Mean success with interval, dots for single seeds; tasks beside it."""
+    if not _has_matplotlib:
+        raise ImportError("plots need matplotlib: pip install matplotlib, or pass --no-plots.")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.45 * len(methods)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for y, method in enumerate(methods):
+        interval = estimator.interval(mean, method.scores)
+        if interval is not None:
+            left.plot(np.multiply(interval, 100), [y, y], color="C0", lw=6, alpha=0.35)
+        left.plot(100 * method.scores.mean(axis=1), [y] * len(method.scores), ".", color="C7")
+        left.plot(100 * mean(method.scores), y, "|", color="C0", ms=16, mew=2)
+        for index, value in enumerate(100 * method.scores.mean(axis=0)):
+            right.plot(value, y, "o", color=f"C{index}", alpha=0.8)
+    for index, task in enumerate(methods[0].tasks):
+        right.plot([], [], "o", color=f"C{index}", label=f"task {task}")
+    left.set(title="mean over tasks; dots: seeds", yticks=range(len(methods)))
+    left.set_yticklabels([method.name for method in methods])
+    right.set(title="tasks, mean over seeds")
+    right.legend(fontsize="small")
+    for axis in (left, right):
+        axis.set(xlabel="success (%)", xlim=(-3, 103))
+        axis.grid(axis="x", alpha=0.3)
+    figure.suptitle(env)
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
+
+
+def renew(readme: Path, text: str) -> None:
+    """Replaces what stands between the two markers."""
+    content = readme.read_text(encoding="utf-8")
+    if content.count(START) != 1 or content.count(END) != 1:
+        raise ValueError(f"{readme} must hold the lines {START} and {END} once each.")
+    before, rest = content.split(START)
+    if END not in rest:
+        raise ValueError(f"{readme} must hold {START} before {END}.")
+    write_text(readme, f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+def build(args: argparse.Namespace) -> str:
+    """The report's text; writes the plots on the way."""
+    environments = group(select(read_rows(args.results), args.where))
+    published = read_published(args.published)
+    estimator = Estimator(args.num_resamples, args.confidence, args.seed, args.allow_single_seed)
+    sections = [
+        environment_section(env, methods, published.get(env, []), args.reference, estimator)
+        for env, methods in environments.items()
+    ]
+    if len(environments) > 1:
+        sections.insert(0, overall_section(environments, estimator))
+    for env, methods in environments.items() if args.plots else ():
+        plot_environment(env, methods, estimator, args.output / f"{env}.png")
+        sections.append(f"![Success on {env}]({PLOTS}/{env}.png)")
+    note = (
+        "Success in percent. Intervals: stratified bootstrap over the seeds of each task, too "
+        "narrow where seeds are few. Published numbers come from 1M official transitions and 1M "
+        "updates with other code and hardware, some by way of secondary notes; they are not "
+        "comparable with smaller runs."
+    )
+    return "\n\n".join([note, *sections])
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--results", type=Path, default=HERE / "results", help="folder of <env>/<method>.csv")
+    add("--output", type=Path, default=HERE / "report", help="folder for report.md and plots")
+    add("--readme", type=Path, help=f"file whose text between {START} and {END} is replaced")
+    add("--published", type=Path, default=HERE / "published.csv", help="cited numbers")
+    add("--where", action="append", default=[], metavar="[METHOD:]COLUMN=VALUE", help="row filter")
+    add("--reference", default="evor", help="method that the others are compared with")
+    add("--num-resamples", type=int, default=2000, help="bootstrap resamples")
+    add("--confidence", type=float, default=0.95, help="mass of the intervals")
+    add("--seed", type=int, default=0, help="seed of the bootstrap")
+    add("--allow-single-seed", action="store_true", help="single seeds, without intervals")
+    add("--no-plots", dest="plots", action="store_false", help="tables only")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    args.output.mkdir(parents=True, exist_ok=True)
+    text = build(args)
+    write_text(args.output / "report.md", text.replace(PLOTS, ".") + "\n")
+    if args.readme is not None:
+        plots = Path(os.path.relpath(args.output.resolve(), args.readme.resolve().parent))
+        renew(args.readme, text.replace(PLOTS, plots.as_posix()))
+    print(f"wrote {args.output / 'report.md'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"error: {error}")

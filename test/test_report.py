@@ -1,0 +1,343 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPE = Path(__file__).resolve().parents[1] / "sota-implementations" / "evor"
+sys.path.insert(0, str(RECIPE))
+
+import report  # noqa: E402
+import results_io  # noqa: E402
+
+_has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+
+ENV = "cube-double-play"
+FULL = {
+    "env": ENV,
+    "task": 1,
+    "method": "evor",
+    "seed": 0,
+    "num_updates": 1000,
+    "hidden": "8x8",
+    "batch_size": 4,
+    "device": "cpu",
+    "episodes": 10,
+    "success": 0.5,
+    "return_mean": -12.5,
+    "protocol": "small",
+    "num_transitions": 99,
+    "tau_r": float("inf"),
+    "train_seconds": 10.0,
+    "eval_seconds_per_decision": 0.002,
+    "parameters": 1234,
+    "command": "python evor.py seed=0",
+}
+
+
+def row(**changes):
+    return {**FULL, **changes}
+
+
+def add(root, **changes):
+    values = row(**changes)
+    results_io.append_row(root / values["env"] / f"{values['method']}.csv", values)
+
+
+def add_all(root, method, table, **changes):
+    """``table[seed][task]`` of successes."""
+    for seed, successes in enumerate(table):
+        for task, success in enumerate(successes, start=1):
+            add(root, method=method, seed=seed, task=task, success=success, **changes)
+
+
+def run(root, *arguments):
+    """The report's text, without plots unless asked for."""
+    plots = [] if "--plots" in arguments else ["--no-plots"]
+    rest = [argument for argument in arguments if argument != "--plots"]
+    output = root.parent / "report"
+    report.main(["--results", str(root), "--output", str(output), *plots, *rest])
+    return (output / "report.md").read_text()
+
+
+def cells(text, start):
+    """The cells of the first table line that starts with a given cell."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "results"
+
+
+class TestRows:
+    def test_round_trip(self, root):
+        add(root, seed=0)
+        add(root, seed=1, command='python evor.py "a, b" = 1', return_mean=1 / 3)
+        rows = results_io.read_rows(root)
+        assert rows[0] == results_io.ResultRow(**FULL)
+        assert rows[1].command == 'python evor.py "a, b" = 1'
+        assert rows[1].return_mean == 1 / 3
+        assert rows[0].peak_memory_mb is None and rows[0].tau_r == float("inf")
+
+    def test_the_same_run_is_replaced(self, root):
+        add(root, success=0.1)
+        add(root, success=0.9)
+        add(root, success=0.4, tau_r=10.0)  # another setting is another row
+        assert [r.success for r in results_io.read_rows(root)] == [0.9, 0.4]
+
+    @pytest.mark.parametrize(
+        "changes, match",
+        [
+            ({"success": 1.5}, "success must lie between 0 and 1, got 1.5"),
+            ({"success": float("nan")}, "success must be finite, got nan"),
+            ({"return_mean": float("-inf")}, "return_mean must be finite"),
+            ({"tau_r": float("nan")}, "tau_r must be finite"),
+            ({"episodes": 0}, "episodes must be at least 1"),
+            ({"task": 0}, "task must be at least 1"),
+            ({"seed": 0.5}, "seed must be of type int, got 0.5"),
+            ({"seed": None}, "seed must be of type int, got None"),
+            ({"num_updates": -1}, "num_updates must be at least 0, got -1"),
+            ({"method": ""}, "method must be a text that is not empty"),
+            ({"sucess": 1.0}, r"unknown \['sucess'\], missing \[\]"),
+        ],
+    )
+    def test_bad_values(self, root, changes, match):
+        with pytest.raises(ValueError, match=match):
+            results_io.append_row(root / "a.csv", row(**changes))
+        assert not root.exists()
+
+    def test_missing_columns(self, root):
+        with pytest.raises(ValueError, match=r"unknown \[\], missing \['env', 'success'\]"):
+            values = {k: v for k, v in FULL.items() if k not in ("env", "success")}
+            results_io.append_row(root / "a.csv", values)
+
+    def test_an_interrupted_write_leaves_the_old_file(self, root, monkeypatch):
+        add(root, seed=0)
+
+        def fail(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(KeyboardInterrupt):
+            add(root, seed=1)
+        monkeypatch.undo()
+        assert [r.seed for r in results_io.read_rows(root)] == [0]
+        assert os.listdir(root / ENV) == ["evor.csv"]
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="forks")
+    def test_writers_at_the_same_time_lose_nothing(self, root):
+        context = multiprocessing.get_context("fork")
+        processes = [
+            context.Process(target=lambda s=s: [add(root, seed=10 * s + i) for i in range(10)])
+            for s in range(4)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert sorted(r.seed for r in results_io.read_rows(root)) == list(range(40))
+
+
+class TestReading:
+    def test_empty_or_missing_folder(self, root):
+        with pytest.raises(FileNotFoundError, match="results must be a folder"):
+            results_io.read_rows(root)
+        root.mkdir()
+        with pytest.raises(ValueError, match="results must hold rows in <env>/<method>.csv"):
+            results_io.read_rows(root)
+
+    def test_foreign_columns(self, root):
+        add(root)
+        (root / ENV / "study.csv").write_text("step,loss\n1,2\n")
+        with pytest.raises(ValueError, match=r"study.csv must have the columns env,task,.*step"):
+            results_io.read_rows(root)
+        (root / ENV / "study.csv").rename(root / ENV / "_study.csv")  # left alone
+        assert len(results_io.read_rows(root)) == 1
+
+    def test_rows_of_another_method(self, root):
+        add(root, method="bc")
+        (root / ENV / "bc.csv").rename(root / ENV / "iql.csv")
+        with pytest.raises(ValueError, match="method='iql' only, got .* 'bc'"):
+            results_io.read_rows(root)
+
+    def test_bad_cell_names_the_line(self, root):
+        add(root, seed=0)
+        add(root, seed=1)
+        path = root / ENV / "evor.csv"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:2], lines[2].replace(",0.5,", ",half,")]))
+        with pytest.raises(ValueError, match=r"evor.csv, line 3: .*half"):
+            results_io.read_rows(root)
+        path.write_text("\n".join([*lines[:2], "a,b"]))
+        with pytest.raises(ValueError, match="line 3: expected 23 values"):
+            results_io.read_rows(root)
+
+    def test_duplicates(self, root):
+        add(root)
+        path = root / ENV / "evor.csv"
+        path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+        with pytest.raises(ValueError, match="holds a run twice"):
+            results_io.read_rows(root)
+
+
+class TestReport:
+    def test_numbers(self, root):
+        add_all(root, "evor", [[0.2, 1.0], [0.4, 1.0], [0.6, 1.0]])
+        add_all(root, "bc", [[0.1, 0.0]] * 3, train_seconds=20.0, parameters=None)
+        text = run(root)
+        line = cells(text, "evor")
+        assert line[1] == "3 × 2"
+        assert line[2].startswith("70.0 [") and line[2].endswith("]")
+        # sorted .2 .4 .6 1 1 1, one dropped at either end: 3.0 / 4
+        assert line[3].startswith("75.0 [")
+        assert line[4:] == ["10", "2.00", "-", "1,234", "-"]
+        # no spread among the seeds of a task: an interval of width zero
+        assert cells(text, "bc")[2:5] == ["5.0 [5.0, 5.0]", "5.0 [5.0, 5.0]", "20"]
+        assert cells(text, "bc")[7] == "-"
+        tasks = text[text.index("| Method | Task 1 | Task 2 |") :]
+        assert cells(tasks, "evor")[1:] == ["40.0", "100.0"]
+        comparison = text[text.index("| evor against |") :]
+        assert cells(comparison, "bc")[1].startswith("65.0 [")
+        assert cells(comparison, "bc")[2] == "100.0 [100.0, 100.0]"
+        assert "first of 6 runs: `python evor.py seed=0`" in text
+
+    def test_published_numbers_stand_apart(self, root):
+        add_all(root, "qc-5", [[0.5], [0.5]])
+        text = run(root)
+        header = cells(text, "Method")
+        assert header[-1] == "**Published, not our runs** (%)"
+        assert cells(text, "qc-5")[-1] == "66 [63, 70] (arXiv 2507.07969)"
+        # Methods that were not run have nothing but their citation.
+        assert cells(text, "*Value Flows*")[1:] == ["-"] * 7 + ["69 ± 4 (arXiv 2510.07650)"]
+
+    def test_several_environments(self, root):
+        for env, success in ((ENV, 0.0), ("scene-play", 1.0)):
+            add_all(root, "evor", [[success], [success]], env=env)
+        add_all(root, "bc", [[0.5], [0.5]], env="scene-play")
+        text = run(root)
+        assert text.index("All 2 environments") < text.index(f"### {ENV}")
+        assert cells(text, "evor")[1:3] == ["2 × 2", "50.0 [50.0, 50.0]"]
+        assert "bc is left out: run on 1 of the environments." in text
+
+    def test_unequal_seeds_across_environments_are_not_pooled(self, root):
+        add_all(root, "evor", [[1.0], [1.0]])
+        add_all(root, "evor", [[1.0], [1.0], [1.0]], env="scene-play")
+        assert "evor is left out: [2, 3] seeds" in run(root)
+
+    @pytest.mark.parametrize(
+        "column, value", [("protocol", "large"), ("num_transitions", 5), ("episodes", 50)]
+    )
+    def test_mixed_protocols_are_an_error(self, root, column, value):
+        add_all(root, "evor", [[1.0], [1.0]])
+        add_all(root, "bc", [[1.0], [1.0]], **{column: value})
+        with pytest.raises(ValueError, match=f"methods of different {column} would share a table"):
+            run(root)
+        text = run(root, "--where", f"{column}={FULL[column]}")
+        assert "| bc |" not in text
+
+    @pytest.mark.parametrize("column, value", [("protocol", "b"), ("tau_r", 1.0), ("device", "x")])
+    def test_mixed_settings_are_an_error(self, root, column, value):
+        add_all(root, "evor", [[1.0], [1.0]])
+        add_all(root, "evor", [[0.0], [0.0]], **{column: value})
+        add_all(root, "bc", [[0.5], [0.5]], tau_r=None)
+        with pytest.raises(ValueError, match=f"evor: rows of different {column} would be averaged"):
+            run(root)
+        text = run(root, "--where", f"evor:{column}={FULL[column]}")
+        assert cells(text, "evor")[2] == "100.0 [100.0, 100.0]"
+        assert cells(text, "bc")[2] == "50.0 [50.0, 50.0]"
+
+    def test_missing_seeds_are_an_error(self, root):
+        add_all(root, "evor", [[1.0, 1.0], [1.0]])
+        with pytest.raises(
+            ValueError, match=r"as many seeds for each task needed, got {1: 2, 2: 1}"
+        ):
+            run(root)
+
+    def test_different_tasks_are_an_error(self, root):
+        add_all(root, "evor", [[1.0, 1.0], [1.0, 1.0]])
+        add_all(root, "bc", [[1.0], [1.0]])
+        with pytest.raises(ValueError, match="all methods must have the same tasks"):
+            run(root)
+
+    def test_single_seed(self, root):
+        add_all(root, "evor", [[0.5, 1.0]])
+        with pytest.raises(ValueError, match="at least 2 seeds per task, got 1; pass --allow"):
+            run(root)
+        assert cells(run(root, "--allow-single-seed"), "evor")[2] == "75.0 (1 seed)"
+
+    @pytest.mark.parametrize(
+        "condition, match",
+        [
+            ("colour=red", "--where must be .*got 'colour=red'"),
+            ("protocol", "--where must be"),
+            ("seed=many", "invalid literal"),
+            ("protocol=none", "--where protocol=none leaves no rows"),
+        ],
+    )
+    def test_bad_conditions(self, root, condition, match):
+        add_all(root, "evor", [[1.0], [1.0]])
+        with pytest.raises(ValueError, match=match):
+            run(root, "--where", condition)
+
+    def test_repeatable(self, root):
+        add_all(root, "evor", [[0.2, 1.0], [0.4, 0.3], [0.6, 1.0]])
+        assert run(root) == run(root)
+        assert run(root) != run(root, "--seed", "1", "--num-resamples", "10")
+
+    @pytest.mark.skipif(not _has_matplotlib, reason="matplotlib not installed")
+    def test_plot(self, root):
+        add_all(root, "evor", [[0.2, 1.0], [0.4, 1.0]])
+        text = run(root, "--plots")
+        assert f"(./{ENV}.png)" in text
+        path = root.parent / "report" / f"{ENV}.png"
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert sorted(os.listdir(path.parent)) == [f"{ENV}.png", "report.md"]
+
+
+class TestReadme:
+    @pytest.fixture
+    def results(self, root):
+        add_all(root, "evor", [[0.5], [0.5]])
+        return root
+
+    def test_only_what_stands_between_the_markers_is_replaced(self, results, tmp_path):
+        readme = tmp_path / "README.md"
+        readme.write_text(f"# Top\n\n{report.START}\nold\n{report.END}\nbottom\n")
+        for _ in range(2):  # renewing twice changes nothing
+            text = run(results, "--readme", str(readme))
+            content = readme.read_text()
+            assert content == f"# Top\n\n{report.START}\n{text.strip()}\n{report.END}\nbottom\n"
+
+    @pytest.mark.parametrize(
+        "content", ["no markers", f"{report.START} only", f"{report.END}{report.START}"]
+    )
+    def test_missing_markers(self, results, tmp_path, content):
+        readme = tmp_path / "README.md"
+        readme.write_text(content)
+        with pytest.raises(ValueError, match="README.md must hold"):
+            run(results, "--readme", str(readme))
+        assert readme.read_text() == content
+
+    def test_errors_are_one_line_for_the_user(self, tmp_path):
+        command = [sys.executable, str(RECIPE / "report.py"), "--output", str(tmp_path)]
+        result = subprocess.run(
+            [*command, "--results", str(tmp_path / "none")], capture_output=True, text=True
+        )
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: results must be a folder")
+        assert "Traceback" not in result.stderr
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])
