@@ -6,22 +6,40 @@
 
 from __future__ import annotations
 
+from torchrl_evor.data import OGBenchExperienceReplay
+from torchrl_evor.envs import OGBenchEnv
 from torchrl_evor.modules import (
+    CategoricalCritic,
+    Critic,
     EVORActor,
     FlowMatchingModel,
     FlowMatchingPolicy,
+    HLGaussCritic,
+    QuantileCritic,
     ReturnFlow,
+    ReturnModel,
+    ScalarCritic,
     StackedVelocityMLP,
     VelocityMLP,
 )
-from torchrl_evor.objectives import EVORLoss
+from torchrl_evor.objectives import CriticLoss, EVORLoss, QCLoss
 
 __all__ = [
+    "CategoricalCritic",
+    "Critic",
+    "CriticLoss",
     "EVORActor",
     "EVORLoss",
     "FlowMatchingModel",
     "FlowMatchingPolicy",
+    "HLGaussCritic",
+    "OGBenchEnv",
+    "OGBenchExperienceReplay",
+    "QCLoss",
+    "QuantileCritic",
     "ReturnFlow",
+    "ReturnModel",
+    "ScalarCritic",
     "StackedVelocityMLP",
     "VelocityMLP",
 ]

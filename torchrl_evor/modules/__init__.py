@@ -5,18 +5,30 @@
 from __future__ import annotations
 
 from torchrl_evor.modules.models import (
+    CategoricalCritic,
+    Critic,
     FlowMatchingModel,
+    HLGaussCritic,
+    QuantileCritic,
     ReturnFlow,
+    ReturnModel,
+    ScalarCritic,
     StackedVelocityMLP,
     VelocityMLP,
 )
 from torchrl_evor.modules.tensordict_module import EVORActor, FlowMatchingPolicy
 
 __all__ = [
+    "CategoricalCritic",
+    "Critic",
     "EVORActor",
     "FlowMatchingModel",
     "FlowMatchingPolicy",
+    "HLGaussCritic",
+    "QuantileCritic",
     "ReturnFlow",
+    "ReturnModel",
+    "ScalarCritic",
     "StackedVelocityMLP",
     "VelocityMLP",
 ]

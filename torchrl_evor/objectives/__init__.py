@@ -4,6 +4,8 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+from torchrl_evor.objectives.critics import CriticLoss
 from torchrl_evor.objectives.evor import EVORLoss
+from torchrl_evor.objectives.qc import QCLoss
 
-__all__ = ["EVORLoss"]
+__all__ = ["CriticLoss", "EVORLoss", "QCLoss"]

@@ -4,8 +4,27 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+from torchrl_evor.modules.models.critics import (
+    CategoricalCritic,
+    Critic,
+    HLGaussCritic,
+    QuantileCritic,
+    ScalarCritic,
+)
 from torchrl_evor.modules.models.flow import FlowMatchingModel, VelocityMLP
 from torchrl_evor.modules.models.return_flow import ReturnFlow
+from torchrl_evor.modules.models.return_model import ReturnModel
 from torchrl_evor.modules.models.stacked import StackedVelocityMLP
 
-__all__ = ["FlowMatchingModel", "ReturnFlow", "StackedVelocityMLP", "VelocityMLP"]
+__all__ = [
+    "CategoricalCritic",
+    "Critic",
+    "FlowMatchingModel",
+    "HLGaussCritic",
+    "QuantileCritic",
+    "ReturnFlow",
+    "ReturnModel",
+    "ScalarCritic",
+    "StackedVelocityMLP",
+    "VelocityMLP",
+]

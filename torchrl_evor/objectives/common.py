@@ -1,0 +1,193 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tensordict import TensorDictBase, TensorDictParams
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
+
+from torchrl_evor.modules.functional import check_choice, interpolate
+from torchrl_evor.modules.tensordict_module.actors import FlowMatchingPolicy
+
+__all__ = ["FlowPolicyLoss"]
+
+
+class FlowPolicyLoss(LossModule):
+    """Base of the losses that pair a flow-matching policy with a critic.
+
+    It imitates the data with the policy, holds the keys and the discount, and
+    reads one Bellman backup from a batch; the critic is up to the subclass.
+
+    Args:
+        actor_network (FlowMatchingPolicy): base policy.
+
+    Keyword Args:
+        next_action (str): where the action at the next state comes from;
+            ``"dataset"`` reads ``("next", "action")``.
+        reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"``.
+            Defaults to ``"mean"``.
+        use_prioritized_weights (bool or ``"auto"``, optional): weigh the
+            losses by the ``priority_weight`` entry. Defaults to ``"auto"``.
+
+    Raises:
+        ValueError: if ``reduction`` is unknown.
+        TypeError: if the policy has no velocity field.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys of the batch, to be changed by ``set_keys``.
+
+        Observations are read at the networks' own ``in_keys``.
+
+        Attributes:
+            action (NestedKey): action of the data, or chunk of actions,
+                flattened. Defaults to ``"action"``.
+            reward (NestedKey): reward, under ``"next"``. Defaults to ``"reward"``.
+            done (NestedKey): end of trajectory, under ``"next"``. Defaults to ``"done"``.
+            terminated (NestedKey): termination, under ``"next"``. Defaults to
+                ``"terminated"``.
+            steps_to_next_obs (NestedKey): number of steps of an n-step
+                transition or a chunk. Defaults to ``"steps_to_next_obs"``.
+            action_is_pad (NestedKey): optional; steps of a chunk that lie
+                beyond its trajectory, ``[*B, h]``. Defaults to ``"action_is_pad"``.
+            priority (NestedKey): where the error of each row is written.
+                Defaults to ``"td_error"``.
+            priority_weight (NestedKey): importance weights of prioritised
+                sampling. Defaults to ``"priority_weight"``.
+        """
+
+        action: NestedKey = "action"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        steps_to_next_obs: NestedKey = "steps_to_next_obs"
+        action_is_pad: NestedKey = "action_is_pad"
+        priority: NestedKey = "td_error"
+        priority_weight: NestedKey = "priority_weight"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    default_value_estimator = ValueEstimators.TD0
+    SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0,)
+
+    actor_network: FlowMatchingPolicy
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: FlowMatchingPolicy,
+        *,
+        next_action: str,
+        reduction: Literal["none", "mean", "sum"] | None = None,
+        use_prioritized_weights: Literal["auto"] | bool = "auto",
+    ) -> None:
+        self._in_keys = None
+        super().__init__()
+        if not hasattr(getattr(actor_network, "module", None), "velocity"):
+            raise TypeError(f"actor_network must be a FlowMatchingPolicy, got {actor_network!r}.")
+        self.next_action = next_action
+        self.reduction = check_choice("reduction", reduction or "mean", ("none", "mean", "sum"))
+        self.use_prioritized_weights = use_prioritized_weights
+        self.convert_to_functional(actor_network, "actor_network")
+        # Built here, so that the discount is part of every state_dict.
+        self.make_value_estimator()
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Keys of the batch that the loss needs, from the networks' and its own."""
+        if self._in_keys is not None:
+            return self._in_keys
+        keys = self.tensor_keys
+        observations = [self._actor_observation, self._value_observation]
+        following = [*observations, keys.reward, keys.done, keys.terminated]
+        if self.next_action == "dataset":
+            following.append(keys.action)
+        following = [unravel_key(("next", key)) for key in following]
+        return list(dict.fromkeys([*observations, keys.action, *following]))
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    @property
+    def _actor_observation(self) -> NestedKey:
+        return self.actor_network.in_keys[0]
+
+    @property
+    def _value_observation(self) -> NestedKey:
+        raise NotImplementedError
+
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
+        """Flow matching of the base policy to the data's actions."""
+        observation = tensordict[self._actor_observation]
+        action = tensordict[self.tensor_keys.action]
+        noise = torch.randn_like(action)
+        time = torch.rand_like(action[..., :1])
+        with self._swap("actor_network"):
+            velocity = self.actor_network.module.velocity(
+                observation, interpolate(noise, action, time), time
+            )
+        error = (velocity - (action - noise)).square()
+        pad = tensordict.get(self.tensor_keys.action_is_pad, None)
+        if pad is not None:
+            # The actions of one step lie side by side in a flattened chunk.
+            pad = pad.repeat_interleave(action.shape[-1] // pad.shape[-1], -1)
+            error = torch.where(pad, torch.zeros_like(error), error)
+        loss = self._reduce_loss(error.sum(-1), tensordict, weights=self._weights(tensordict))
+        self._clear_weakrefs(tensordict, "actor_network_params")
+        return loss, {}
+
+    def _swap(self, name: str, target: bool = False):
+        """The network with its (target) parameters in place, as a context."""
+        params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
+        # The default of tensordict turns target buffers into trainable parameters.
+        return params.to_module(getattr(self, name), preserve_module_state=False)
+
+    def _backup(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Reward and discount of the Bellman map in reward units, each ``[*B, 1]``."""
+        keys = self.tensor_keys
+        reward_key = unravel_key(("next", keys.reward))
+        names = [unravel_key(("next", key)) for key in (keys.done, keys.terminated)]
+        # Strict: TorchRL would take every end for a termination where that key is missing.
+        step = tensordict.select(reward_key, *names)
+        if (steps := tensordict.get(keys.steps_to_next_obs, None)) is not None:
+            step.set(keys.steps_to_next_obs, steps)
+        zero = torch.zeros_like(step[reward_key])
+        # The Bellman map is affine in the next value: its estimator gives both coefficients.
+        reward = self.value_estimator.value_estimate(step, next_value=zero)
+        step.set(reward_key, zero)
+        discount = self.value_estimator.value_estimate(step, next_value=zero + 1)
+        return reward, discount
+
+    def _weights(self, tensordict: TensorDictBase) -> Tensor | None:
+        # Not LossModule's own reader, which cannot look up a nested key.
+        if self.use_prioritized_weights not in (True, "auto"):
+            return None
+        return tensordict.get(self.tensor_keys.priority_weight, None)
+
+    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams):
+        """Builds the estimator that holds the discount; see :class:`LossModule`."""
+        value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
+        if value_type is not None:
+            dispatch_value_estimator(
+                self, value_type, supported=self.SUPPORTED_VALUE_ESTIMATORS, **hyperparams
+            )
+        self._forward_value_estimator_keys()
+        return self
+
+    def _forward_value_estimator_keys(self, **kwargs) -> None:
+        if self._value_estimator is not None:
+            names = ("reward", "done", "terminated", "steps_to_next_obs")
+            self._value_estimator.set_keys(
+                **{name: getattr(self.tensor_keys, name) for name in names}
+            )
