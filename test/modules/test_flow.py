@@ -85,11 +85,11 @@ class TestVelocityMLP:
     @pytest.mark.parametrize(
         "kwargs,name",
         [
-            (dict(in_features=0), "in_features"),
-            (dict(out_features=0), "out_features"),
-            (dict(hidden_sizes=()), "hidden_sizes"),
-            (dict(hidden_sizes=(4, 0)), "hidden_sizes"),
-            (dict(activation="tanhh"), "activation"),
+            ({"in_features": 0}, "in_features"),
+            ({"out_features": 0}, "out_features"),
+            ({"hidden_sizes": ()}, "hidden_sizes"),
+            ({"hidden_sizes": (4, 0)}, "hidden_sizes"),
+            ({"activation": "tanhh"}, "activation"),
         ],
     )
     def test_bad_input(self, kwargs, name):
@@ -127,7 +127,7 @@ class TestFlowMatchingModel:
         assert seen[0].tolist() == [[3, 3, 3, 2, 2, 1]]
 
     def test_bounds_per_dimension(self):
-        bounds = dict(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([0.0, 2.0]))
+        bounds = {"low": torch.tensor([-1.0, 0.0]), "high": torch.tensor([0.0, 2.0])}
         model = FlowMatchingModel(Constant(0.0), 2, **bounds)
         action = model(torch.zeros(2, 3), torch.tensor([[-5.0, -5.0], [5.0, 5.0]]))
         assert action.tolist() == [[-1, 0], [0, 2]]
@@ -149,10 +149,10 @@ class TestFlowMatchingModel:
     @pytest.mark.parametrize(
         "kwargs,name",
         [
-            (dict(action_dim=0), "action_dim"),
-            (dict(num_steps=0), "num_steps"),
-            (dict(low=1.0, high=1.0), "low"),
-            (dict(low=torch.tensor([-1.0, 2.0])), "low"),
+            ({"action_dim": 0}, "action_dim"),
+            ({"num_steps": 0}, "num_steps"),
+            ({"low": 1.0, "high": 1.0}, "low"),
+            ({"low": torch.tensor([-1.0, 2.0])}, "low"),
         ],
     )
     def test_bad_input(self, kwargs, name):

@@ -145,10 +145,10 @@ class TestStratifiedNormal:
         assert nodes.square().mean().item() == pytest.approx(1, abs=5e-3)
 
 
-HAND = dict(
-    noise=column(1.0), time=column(0.5), reward=column(2.0), discount=column(0.5),
-    next_return=column(4.0), next_velocity=lambda z, t: z + 2 * t,
-)  # fmt: skip
+HAND = {
+    "noise": column(1.0), "time": column(0.5), "reward": column(2.0), "discount": column(0.5),
+    "next_return": column(4.0), "next_velocity": lambda z, t: z + 2 * t,
+}  # fmt: skip
 
 
 class TestTargets:

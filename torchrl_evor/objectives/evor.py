@@ -226,7 +226,7 @@ class EVORLoss(LossModule):
     def _value_observation(self) -> NestedKey:
         return self.value_network.in_keys[0]
 
-    @dispatch
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Computes both losses and writes the error of each row to the input.
 
@@ -245,11 +245,11 @@ class EVORLoss(LossModule):
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
         """Flow matching of the base policy to the data's actions."""
-        observation = tensordict.get(self._actor_observation)
-        action = tensordict.get(self.tensor_keys.action)
+        observation = tensordict[self._actor_observation]
+        action = tensordict[self.tensor_keys.action]
         noise = torch.randn_like(action)
         time = torch.rand_like(action[..., :1])
-        with self.actor_network_params.to_module(self.actor_network):
+        with self._swap("actor_network"):
             velocity = self.actor_network.module.velocity(
                 observation, interpolate(noise, action, time), time
             )
@@ -260,10 +260,10 @@ class EVORLoss(LossModule):
 
     def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
         """Flow matching of the reward-to-go to its temporal-difference target."""
-        observation = tensordict.get(self._value_observation)
-        action = tensordict.get(self.tensor_keys.action)
+        observation = tensordict[self._value_observation]
+        action = tensordict[self.tensor_keys.action]
         point, time, target = self.compute_target(tensordict)
-        with self.value_network_params.to_module(self.value_network):
+        with self._swap("value_network"):
             velocity = self.value_network.velocity(observation, action, point, time)
             # The posterior mean of the return given the point is where the target leads.
             value_target = self.value_network.denormalize(point + (1 - time) * target)
@@ -277,11 +277,11 @@ class EVORLoss(LossModule):
     def compute_target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """Point, flow time and target velocity of the value regression, each ``[*B, 1]``."""
         reward, discount = self._backup(tensordict)
-        observation = tensordict.get(("next", self._value_observation))
+        observation = tensordict[unravel_key(("next", self._value_observation))]
         action = self._next_action(tensordict)
         noise, next_noise = torch.randn_like(reward), torch.randn_like(reward)
         time = torch.rand_like(reward)
-        with self.target_value_network_params.to_module(self.value_network):
+        with self._swap("value_network", target=True):
             point, target = TD_TARGETS[self.td_target](
                 noise,
                 time,
@@ -292,35 +292,44 @@ class EVORLoss(LossModule):
             )
         return point, time, target
 
+    def _swap(self, name: str, target: bool = False):
+        """The network with its (target) parameters in place, as a context."""
+        params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
+        # The default of tensordict turns target buffers into trainable parameters.
+        return params.to_module(getattr(self, name), preserve_module_state=False)
+
     def _backup(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Reward and discount of the Bellman map in z units, each ``[*B, 1]``."""
         keys = self.tensor_keys
         reward_key = unravel_key(("next", keys.reward))
         names = [unravel_key(("next", key)) for key in (keys.done, keys.terminated)]
-        step = tensordict.select(reward_key, *names, keys.steps_to_next_obs, strict=False)
-        zero = torch.zeros_like(tensordict.get(reward_key))
+        # Strict: TorchRL would take every end for a termination where that key is missing.
+        step = tensordict.select(reward_key, *names)
+        if (steps := tensordict.get(keys.steps_to_next_obs, None)) is not None:
+            step.set(keys.steps_to_next_obs, steps)
+        zero = torch.zeros_like(step[reward_key])
         # The Bellman map is affine in the next value: its estimator gives both coefficients.
         reward = self.value_estimator.value_estimate(step, next_value=zero)
         step.set(reward_key, zero)
         discount = self.value_estimator.value_estimate(step, next_value=zero + 1)
-        with self.value_network_params.to_module(self.value_network):
+        with self._swap("value_network"):
             return self.value_network.normalize_reward(reward, discount), discount
 
     def _next_action(self, tensordict: TensorDictBase) -> Tensor:
         """Action at the next state, ``[*B, act]``."""
         if self.next_action == "dataset":
-            return tensordict.get(("next", self.tensor_keys.action))
-        observation = tensordict.get(("next", self._actor_observation))
-        with self.actor_network_params.to_module(self.actor_network):
+            return tensordict[unravel_key(("next", self.tensor_keys.action))]
+        observation = tensordict[unravel_key(("next", self._actor_observation))]
+        with self._swap("actor_network"):
             if self.next_action == "policy":
                 return self.actor_network.module(observation)
             rows = (*observation.shape[:-1], self.num_candidates, observation.shape[-1])
             candidates = self.actor_network.module(observation.unsqueeze(-2).expand(rows))
-        return self._improve(tensordict.get(("next", self._value_observation)), candidates)
+        return self._improve(tensordict[unravel_key(("next", self._value_observation))], candidates)
 
     def _improve(self, observation: Tensor, candidates: Tensor) -> Tensor:
         """Chooses among ``candidates`` ``[*B, P, act]`` by the target network's Q*."""
-        with self.target_value_network_params.to_module(self.value_network):
+        with self._swap("value_network", target=True):
             values = self.value_network.q_star(
                 observation.unsqueeze(-2), candidates, self.tau_r, self.num_samples
             )
