@@ -178,7 +178,7 @@ class EVORActor(TensorDictModuleBase):
             values = values / self.tau_q + gumbel
         return values.argmax(-1, keepdim=True)
 
-    @dispatch
+    @dispatch(auto_batch_size=False)
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the chosen action ``[*B, act]`` and its value ``[*B, 1]``."""

@@ -1,0 +1,154 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Trained agents as files of their own, and their evaluation in parallel processes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import results_io
+import torch
+import utils
+from omegaconf import DictConfig
+from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from tqdm import tqdm
+
+from torchrl_evor import EVORActor, FlowMatchingPolicy, OGBenchEnv, ReturnFlow, VelocityMLP
+from torchrl_evor.envs import rollout_episodes
+
+
+@dataclass
+class Agent:
+    """Networks of a trained agent: base policy, value network and its units."""
+
+    policy: VelocityMLP
+    value: nn.Module
+    loc: float
+    scale: float
+
+
+def save(folder: Path, env: str, method: str, setting, agent: Agent, program) -> Path:
+    """Writes one agent with what is needed to build it again; atomic."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{env}_task{setting.task}_seed{setting.seed}_{method}_n{setting.n_step}.pt"
+    content = {
+        "env": env,
+        "method": method,
+        **asdict(setting),
+        "num_updates": program.num_updates,
+        "num_transitions": len(program.windows.observation),
+        "hidden_sizes": list(program.cfg.hidden_sizes),
+        "num_steps": program.cfg.num_steps,
+        "batch_size": program.cfg.data.batch_size,
+        "loc": agent.loc,
+        "scale": agent.scale,
+        "policy": {key: value.cpu() for key, value in agent.policy.state_dict().items()},
+        "value": {key: value.cpu() for key, value in agent.value.state_dict().items()},
+    }
+    partial = folder / f".{name}.part"
+    torch.save(content, partial)
+    os.replace(partial, folder / name)
+    return folder / name
+
+
+def load(path: Path, device: torch.device | str = "cpu", **actor_options) -> EVORActor:
+    """Builds the actor of an agent file.
+
+    Args:
+        path (Path): a file that :func:`save` wrote.
+        device (torch.device): where the networks go.
+        **actor_options: options of :class:`EVORActor`.
+    """
+    content = torch.load(path, map_location=device, weights_only=True)
+    policy = _network(content["policy"], content["hidden_sizes"], layer_norm=False)
+    value = _network(content["value"], content["hidden_sizes"], layer_norm=True)
+    action_dim = policy.net[-1].out_features
+    policy = FlowMatchingPolicy(policy, action_dim, content["num_steps"])
+    if content["method"] != "evor":
+        raise ValueError(f"method of {path} must be 'evor', got {content['method']!r}.")
+    returns = ReturnFlow(value, content["num_steps"], loc=content["loc"], scale=content["scale"])
+    return EVORActor(policy, returns, **actor_options).to(device)
+
+
+def _network(state: dict, hidden_sizes: list[int], layer_norm: bool) -> VelocityMLP:
+    weights = [value for value in state.values() if value.ndim == 2]
+    network = VelocityMLP(
+        weights[0].shape[1],
+        weights[-1].shape[0],
+        hidden_sizes=hidden_sizes,
+        layer_norm=layer_norm,
+        device="meta",
+    )
+    network.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    return network
+
+
+def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: dict) -> dict:
+    """Outcome of one agent file with some options of its actor; runs in a process of its own."""
+    torch.set_num_threads(1)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    actor = load(path, device, **options)
+    torch.manual_seed(seed)
+    name = f"{content['env']}-singletask-task{content['task']}-v0"
+    with set_exploration_type(ExplorationType.RANDOM):
+        outcome = rollout_episodes(
+            lambda: OGBenchEnv(name), actor, episodes, seed=seed, num_envs=episodes, device=device
+        )
+    parameters = sum(
+        value.numel() for key in ("policy", "value") for value in content[key].values()
+    )
+    kept = ("env", "task", "seed", "method", "n_step", "num_updates", "num_transitions")
+    return {
+        **{key: content[key] for key in (*kept, "batch_size", "hidden_sizes")},
+        **options,
+        **utils.episode_columns(outcome),
+        "parameters": parameters,
+    }
+
+
+def evaluate_all(cfg: DictConfig, files: list[Path], device, train_seconds: float) -> None:
+    """Evaluates agent files at every ``cfg.tau_rs`` in parallel processes and records the rows."""
+    jobs = [(path, {**cfg.actor, "tau_r": float(tau)}) for path in files for tau in cfg.tau_rs]
+    processes = cfg.eval.processes or os.cpu_count()
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        futures = [
+            pool.submit(evaluate_file, path, str(device), cfg.eval.episodes, cfg.eval.seed, options)
+            for path, options in jobs
+        ]
+        finished = concurrent.futures.as_completed(futures)
+        for future in tqdm(finished, total=len(futures), unit="agent"):
+            outcome = future.result()
+            tqdm.write(
+                "{env} task {task} seed {seed} {method} n={n_step} tau_r={tau_r:g}: "
+                "success {success:.2f}, return {return_mean:.1f}".format(**outcome)
+            )
+            if cfg.results is not None:
+                results_io.append_row(
+                    cfg.results, _row(cfg, outcome, device, train_seconds), replace=True
+                )
+
+
+def _row(cfg: DictConfig, outcome: dict, device, train_seconds: float) -> results_io.ResultRow:
+    copied = ("env", "method", "seed", "num_updates", "batch_size", "parameters", "episodes")
+    copied += ("success", "return_mean", "length_mean", "eval_seconds_per_decision")
+    sizes = outcome["hidden_sizes"]
+    return results_io.ResultRow(
+        **{key: outcome[key] for key in copied},
+        task=f"task{outcome['task']}",
+        protocol=f"{cfg.protocol}, n={outcome['n_step']}, tau_r={outcome['tau_r']:g}",
+        n_transitions=outcome["num_transitions"],
+        hidden=f"{len(sizes)}x{max(sizes)}",
+        device=utils.device_name(device),
+        train_seconds=train_seconds,
+        peak_memory_mb=utils.peak_memory_mb(device),
+        command=" ".join(["python", *sys.argv]),
+    )

@@ -1,0 +1,68 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""EVOR on OGBench: from data to a trained policy, its curves and its pictures."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import figures
+import hydra
+import torch
+import utils
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from torchrl._utils import timeit
+from tqdm import tqdm
+
+
+@hydra.main(config_path=".", config_name="config", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    utils.check_config(cfg)
+    output = Path(HydraConfig.get().runtime.output_dir)
+    device = utils.choose_device(cfg.device)
+    torch.manual_seed(cfg.seed)
+
+    data = utils.make_data(cfg)
+    policy, returns = utils.make_networks(cfg, data, device)
+    loss, updater, optimizer = utils.make_loss(cfg, policy, returns)
+    update = utils.make_update(cfg, loss, updater, optimizer)
+    actor = utils.make_actor(cfg, policy, returns)
+    run = utils.Run(cfg, output, loss, updater, optimizer)
+    run.resume(cfg.resume)
+
+    start = time.perf_counter()
+    with tqdm(total=cfg.optim.num_updates, initial=run.step, unit="update") as bar:
+        while run.step < cfg.optim.num_updates:
+            with timeit("sample"):
+                batch = data.sample().to(device)
+            with timeit("update"):
+                losses = update(batch)
+            run.step += 1
+            bar.update()
+            if run.due(cfg.logger.interval):
+                bar.set_postfix(run.log_losses(losses))
+            if run.due(cfg.checkpoint.interval):
+                run.save()
+            if run.due(cfg.eval.interval) and run.step < cfg.optim.num_updates:
+                episodes = utils.evaluate(cfg, actor, cfg.eval.episodes)
+                bar.write(run.log_episodes(episodes))
+    train_seconds = time.perf_counter() - start
+    run.save()
+
+    episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
+    tqdm.write(run.log_episodes(episodes))
+    if cfg.results is not None:
+        utils.append_result(cfg, run, actor, episodes, train_seconds)
+    figures.learning_curve(run.history, output / "learning_curve.png")
+    figures.reward_to_go(data, actor, cfg.loss.gamma, output / "reward_to_go.png")
+    if "maze" in cfg.env.name:
+        figures.maze(data, actor, episodes, utils.env_name(cfg), output / "maze.png")
+    tqdm.write(f"Curves, pictures, logs and the checkpoint are in {output}")
+
+
+if __name__ == "__main__":
+    main()

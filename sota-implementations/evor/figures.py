@@ -1,0 +1,144 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What a finished run shows: its learning curve, the learnt law, the maze."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from torchrl_evor import EVORActor, OGBenchEnv, OGBenchExperienceReplay
+from torchrl_evor.data.datasets import make_windows
+
+matplotlib.use("Agg")
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+LEARNT, EMPIRICAL, PATH = "#c1440e", "#2b5c8a", "#c1440e"
+
+
+def _save(figure, path: Path) -> None:
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=150, bbox_inches="tight", format="png")
+    partial.replace(path)
+    plt.close(figure)
+
+
+def learning_curve(history: dict[str, list[dict]], path: Path) -> None:
+    """Losses and success against updates."""
+    figure, (losses, success) = plt.subplots(1, 2, figsize=(9, 3.2))
+    steps = [row["step"] for row in history["train"]]
+    for name, label in (("loss_actor", "base policy"), ("loss_value", "reward-to-go flow")):
+        losses.plot(steps, [row[name] for row in history["train"]], label=label)
+    losses.set(xlabel="updates", ylabel="flow-matching loss", yscale="log")
+    losses.legend(frameon=False)
+    rows = history["eval"]
+    steps, means = [row["step"] for row in rows], [row["success"] for row in rows]
+    below = [row["success"] - row["success_low"] for row in rows]
+    above = [row["success_high"] - row["success"] for row in rows]
+    success.errorbar(steps, means, yerr=[below, above], marker="o", capsize=3, color=LEARNT)
+    success.set(xlabel="updates", ylabel="success (95 % interval)", ylim=(-0.03, 1.03))
+    success.set_xlim(left=0)
+    _save(figure, path)
+
+
+@torch.no_grad()
+def reward_to_go(
+    data: OGBenchExperienceReplay,
+    actor: EVORActor,
+    gamma: float,
+    path: Path,
+    num_states: int = 4,
+    num_neighbours: int = 300,
+) -> None:
+    """The learnt law beside the data's own returns, at states from worst to best.
+
+    Around each state, the returns that the data earn from its nearest
+    neighbours are compared with the law learnt for the same neighbours.
+    Returns cut off by the end of a trajectory are left out.
+    """
+    transitions = data.transitions
+    windows = make_windows(transitions, len(transitions), 1, gamma)
+    complete = windows.terminated | (gamma ** (windows.end - windows.start + 1) < 0.05)
+    rows = windows.start[complete]
+    if len(rows) < num_neighbours:
+        return
+    observation, action = transitions["observation"][rows], transitions["action"][rows]
+    returns = windows.reward[complete]
+    device = actor.returns.loc.device
+
+    def law(index: Tensor, num_quantiles: int) -> Tensor:
+        x, a = observation[index].to(device), action[index].to(device)
+        return actor.returns.quantiles(x, a, num_quantiles).cpu()
+
+    subset = torch.randperm(len(rows))[:2000]
+    order = subset[law(subset, 8).mean(-1).argsort()]
+    ranks = torch.linspace(0.02, 0.98, num_states).mul(len(order) - 1).long()
+    spread = observation.std(0).clamp_min(1e-6)
+    figure, axes = plt.subplots(1, num_states, figsize=(2.9 * num_states, 2.6), sharey=True)
+    for axis, centre in zip(axes, order[ranks]):
+        distance = ((observation - observation[centre]) / spread).square().sum(-1)
+        index = distance.topk(num_neighbours, largest=False).indices
+        learnt, empirical = law(index, 32).flatten(), returns[index]
+        low = min(learnt.min(), empirical.min()).item()
+        high = max(learnt.max(), empirical.max()).item() + 1e-3
+        options = {"bins": 40, "range": (low, high), "density": True}
+        axis.hist(empirical, color=EMPIRICAL, alpha=0.45, label="data", **options)
+        axis.hist(learnt, color=LEARNT, histtype="step", lw=1.6, label="learnt", **options)
+        axis.set(xlabel="discounted return", yticks=[])
+        axis.set_title(f"mean {learnt.mean():.0f} (data {empirical.mean():.0f})", fontsize=10)
+    axes[0].set_ylabel("density")
+    axes[0].legend(frameon=False)
+    figure.suptitle("Reward-to-go at four states, from worst to best", y=1.04)
+    _save(figure, path)
+
+
+@torch.no_grad()
+def maze(
+    data: OGBenchExperienceReplay,
+    actor: EVORActor,
+    episodes,
+    env_name: str,
+    path: Path,
+    num_states: int = 4000,
+    num_paths: int = 10,
+) -> None:
+    """Map of Q* over the data's states, walls, executed paths and the goal."""
+    transitions = data.transitions
+    index = torch.randperm(len(transitions))[:num_states]
+    observation = transitions["observation"][index]
+    chooser = EVORActor(
+        actor.policy, actor.returns, num_candidates=8, num_samples=4, tau_r=actor.tau_r
+    )
+    device = actor.returns.loc.device
+    values = chooser(observation=observation.to(device))[1].squeeze(-1).cpu()
+    figure, axis = plt.subplots(figsize=(6, 5.2))
+    dots = axis.scatter(*observation[:, :2].T, c=values, s=9, cmap="viridis", lw=0)
+    figure.colorbar(dots, label="Q* of the chosen action (discounted return)")
+    _draw_walls(axis, env_name)
+    for trace in episodes["trace", "observation"][:num_paths]:
+        axis.plot(*trace[:, :2].T, color=PATH, lw=1, alpha=0.8)
+    rate = episodes["success"].double().mean().item()
+    axis.set(aspect="equal", xticks=[], yticks=[])
+    axis.set_title(f"{env_name}\nsuccess {rate:.2f} over {len(episodes)} episodes", fontsize=10)
+    _save(figure, path)
+
+
+def _draw_walls(axis, env_name: str) -> None:
+    env = OGBenchEnv(env_name)
+    env.reset()
+    world = env.simulator.unwrapped
+    unit = world._maze_unit
+    for i, row in enumerate(world.maze_map):
+        for j, wall in enumerate(row):
+            if wall:
+                x, y = world.ij_to_xy((i, j))
+                corner = (x - unit / 2, y - unit / 2)
+                axis.add_patch(Rectangle(corner, unit, unit, color="0.85", lw=0))
+    axis.plot(*world.cur_goal_xy, marker="*", color="gold", mec="black", ms=16, zorder=5)
+    env.close()

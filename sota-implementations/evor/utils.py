@@ -1,0 +1,290 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Parts of the recipe: data, networks, loss, evaluation and the state of a run."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from pathlib import Path
+
+import results_io
+import torch
+from omegaconf import DictConfig, OmegaConf
+from scipy.stats import binomtest
+from tensordict import TensorDictBase
+from torchrl.checkpoint import Checkpoint, GlobalRNGState
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.objectives import SoftUpdate
+from torchrl.record.loggers import get_logger
+
+from torchrl_evor import (
+    EVORActor,
+    EVORLoss,
+    FlowMatchingPolicy,
+    OGBenchEnv,
+    OGBenchExperienceReplay,
+    ReturnFlow,
+    VelocityMLP,
+)
+from torchrl_evor.envs import resolve_environment, rollout_episodes
+
+# What a checkpoint must share with the run that continues it.
+IDENTITY = ("env", "data", "policy", "value", "loss", "seed")
+
+
+def env_name(cfg: DictConfig) -> str:
+    """OGBench's name of the single-task dataset, which also names its environment."""
+    return f"{cfg.env.name}-singletask-task{cfg.env.task}-v0"
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Fails before any work is done, where a value of the configuration cannot be."""
+    resolve_environment(env_name(cfg))
+    for name in ("optim.num_updates", "data.batch_size", "eval.final_episodes", "eval.num_envs"):
+        value = OmegaConf.select(cfg, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+    if cfg.logger.backend not in ("csv", "wandb", "tensorboard", "none"):
+        raise ValueError(
+            "logger.backend must be 'csv', 'wandb', 'tensorboard' or 'none', "
+            f"got {cfg.logger.backend!r}."
+        )
+    if cfg.resume is not None and not Checkpoint.is_checkpoint(cfg.resume):
+        raise FileNotFoundError(f"resume must be the folder of a checkpoint, got {cfg.resume!r}.")
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device asked for, or CUDA if there is one, or the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def make_data(cfg: DictConfig) -> OGBenchExperienceReplay:
+    """The offline replay buffer; collects or downloads its data on first use."""
+    return OGBenchExperienceReplay(
+        env_name(cfg),
+        batch_size=cfg.data.batch_size,
+        n_step=cfg.data.n_step,
+        gamma=cfg.loss.gamma,
+        source=cfg.data.source,
+        root=cfg.data.root,
+        directory=cfg.data.directory,
+        num_transitions=cfg.data.num_transitions if cfg.data.source == "local" else None,
+    )
+
+
+def make_networks(cfg: DictConfig, data: OGBenchExperienceReplay, device: torch.device):
+    """Base policy and reward-to-go flow, with returns normalised by the data."""
+    row = data[:1]
+    observation_dim, action_dim = row["observation"].shape[-1], row["action"].shape[-1]
+    policy = FlowMatchingPolicy(
+        VelocityMLP(
+            observation_dim + action_dim + 1, action_dim, hidden_sizes=cfg.policy.hidden_sizes
+        ),
+        action_dim,
+        cfg.policy.num_steps,
+    )
+    network = VelocityMLP(
+        observation_dim + action_dim + 2,
+        hidden_sizes=cfg.value.hidden_sizes,
+        layer_norm=cfg.value.layer_norm,
+    )
+    loc, scale = data.return_statistics(cfg.loss.gamma)
+    returns = ReturnFlow(network, cfg.value.num_steps, loc=loc, scale=scale)
+    return policy.to(device), returns.to(device)
+
+
+def make_loss(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow):
+    """The loss, the Polyak average of its target network and the optimiser."""
+    loss = EVORLoss(policy, returns, td_target=cfg.loss.td_target, next_action=cfg.loss.next_action)
+    loss.make_value_estimator(gamma=cfg.loss.gamma)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.optim.lr, fused=True)
+    return loss, SoftUpdate(loss, tau=cfg.loss.tau), optimizer
+
+
+def make_update(cfg: DictConfig, loss: EVORLoss, updater: SoftUpdate, optimizer):
+    """One gradient step as a function of the batch."""
+    compute_loss = torch.compile(loss) if cfg.compile else loss
+
+    def update(batch: TensorDictBase) -> TensorDictBase:
+        losses = compute_loss(batch)
+        optimizer.zero_grad()
+        (losses["loss_actor"] + losses["loss_value"]).backward()
+        optimizer.step()
+        updater.step()
+        return losses.detach()
+
+    return update
+
+
+def make_actor(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow) -> EVORActor:
+    """The agent that acts, sharing its parameters with the loss."""
+    return EVORActor(policy, returns, **cfg.actor)
+
+
+def evaluate(
+    cfg: DictConfig, actor: EVORActor, num_episodes: int, progress: bool = False
+) -> TensorDictBase:
+    """Whole episodes, one actor call per step for all that are running.
+
+    Random numbers are the evaluation's own, so that it does not change the
+    training that follows. Exploration is RANDOM: ``actor.tau_q`` decides.
+    """
+    device = actor.returns.loc.device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), set_exploration_type(ExplorationType.RANDOM):
+        torch.manual_seed(cfg.eval.seed)
+        return rollout_episodes(
+            lambda: OGBenchEnv(env_name(cfg)),
+            actor,
+            num_episodes,
+            seed=cfg.eval.seed,
+            num_envs=cfg.eval.num_envs,
+            record=("observation",),
+            device=device,
+            progress=progress,
+        )
+
+
+def summarize(episodes: TensorDictBase) -> dict[str, float]:
+    """Mean success with its 95 % Wilson interval, mean return with its 95 % normal interval."""
+    count, successes = len(episodes), int(episodes["success"].sum())
+    interval = binomtest(successes, count).proportion_ci(method="wilson")
+    returns = episodes["return"].double()
+    half = 1.96 * returns.std().item() / math.sqrt(count) if count > 1 else math.nan
+    return {
+        "success": successes / count,
+        "success_low": interval.low,
+        "success_high": interval.high,
+        "return": returns.mean().item(),
+        "return_low": returns.mean().item() - half,
+        "return_high": returns.mean().item() + half,
+        "length": episodes["length"].double().mean().item(),
+    }
+
+
+class Run:
+    """Step, history, logger and checkpoint of a run."""
+
+    def __init__(self, cfg: DictConfig, output: Path, loss, updater, optimizer) -> None:
+        self.cfg = cfg
+        self.output = output
+        self.step = 0
+        self.history: dict[str, list] = {"train": [], "eval": []}
+        self._modules = {"loss": loss, "updater": updater, "optimizer": optimizer}
+        kwargs = {"wandb_kwargs": {"project": cfg.logger.project, "mode": cfg.logger.mode}}
+        backend = "" if cfg.logger.backend == "none" else cfg.logger.backend
+        self.logger = get_logger(backend, str(output), "logs", **kwargs)
+
+    def due(self, interval: int) -> bool:
+        """Whether something done every ``interval`` updates is due now; 0 is never."""
+        return interval > 0 and self.step % interval == 0
+
+    def log_losses(self, losses: TensorDictBase) -> dict[str, float]:
+        """Logs the losses of the current update."""
+        row = {name: value.item() for name, value in losses.items()}
+        self._log("train", row)
+        return {name: f"{value:.3g}" for name, value in row.items()}
+
+    def log_episodes(self, episodes: TensorDictBase) -> str:
+        """Logs an evaluation and puts it in a sentence."""
+        row = summarize(episodes)
+        self._log("eval", row)
+        return (
+            f"update {self.step}: success {row['success']:.2f} "
+            f"[{row['success_low']:.2f}, {row['success_high']:.2f}], return {row['return']:.1f} "
+            f"[{row['return_low']:.1f}, {row['return_high']:.1f}], length {row['length']:.0f} "
+            f"over {len(episodes)} episodes"
+        )
+
+    def _log(self, group: str, row: dict[str, float]) -> None:
+        self.history[group].append({"step": self.step, **row})
+        if self.logger is not None:
+            for name, value in row.items():
+                self.logger.log_scalar(f"{group}/{name}", value, step=self.step)
+
+    def save(self) -> Path:
+        """Writes the checkpoint; what was there before stays whole until it is replaced."""
+        progress = {"step": self.step, "history": self.history}
+        config = OmegaConf.to_container(self.cfg, resolve=True)
+        checkpoint = self._checkpoint(rng=GlobalRNGState(), progress=progress, config=config)
+        return checkpoint.save(self.output / "checkpoint")
+
+    def resume(self, path: str | None) -> None:
+        """Continues from a checkpoint of the same configuration.
+
+        Raises:
+            ValueError: if the checkpoint belongs to another configuration.
+        """
+        if path is None:
+            return
+        saved = Checkpoint(config={}, progress={})
+        saved.load(path)
+        for group in IDENTITY:
+            then, now = saved.components["config"][group], OmegaConf.to_object(self.cfg)[group]
+            if then != now:
+                raise ValueError(
+                    f"resume={path!r} belongs to another configuration: {group} was {then}, "
+                    f"this run has {now}."
+                )
+        self._checkpoint(rng=GlobalRNGState()).load(path, components=[*self._modules, "rng"])
+        self.step = saved.components["progress"]["step"]
+        self.history = saved.components["progress"]["history"]
+
+    def _checkpoint(self, **components) -> Checkpoint:
+        return Checkpoint(**self._modules, **components)
+
+
+def append_result(
+    cfg: DictConfig, run: Run, actor: EVORActor, episodes: TensorDictBase, train_seconds: float
+) -> None:
+    """Adds the row of a finished run to the folder ``cfg.results``."""
+    device = actor.returns.loc.device
+    row = results_io.ResultRow(
+        env=cfg.env.name,
+        task=f"task{cfg.env.task}",
+        method="evor",
+        seed=cfg.seed,
+        protocol=cfg.protocol,
+        num_updates=run.step,
+        n_transitions=cfg.data.num_transitions,
+        hidden=f"{len(cfg.value.hidden_sizes)}x{max(cfg.value.hidden_sizes)}",
+        batch_size=cfg.data.batch_size,
+        device=device_name(device),
+        train_seconds=train_seconds,
+        peak_memory_mb=peak_memory_mb(device),
+        parameters=sum(p.numel() for p in actor.parameters()),
+        command=" ".join(["python", *sys.argv]),
+        **episode_columns(episodes),
+    )
+    results_io.append_row(cfg.results, row, replace=True)
+
+
+def episode_columns(episodes: TensorDictBase) -> dict[str, float]:
+    """What a row of results says of its episodes."""
+    return {
+        "episodes": len(episodes),
+        "success": episodes["success"].double().mean().item(),
+        "return_mean": episodes["return"].double().mean().item(),
+        "length_mean": episodes["length"].double().mean().item(),
+        "eval_seconds_per_decision": (
+            episodes["policy_seconds"].sum() / episodes["decisions"].sum()
+        ).item(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu x <threads>`` or the name of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu x {torch.get_num_threads()}"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak device memory on a GPU, else peak resident memory of the process, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
