@@ -298,6 +298,7 @@ def plot_environment(env: str, methods: list[Method], estimator: Estimator, path
         right.plot([], [], "o", color=f"C{index}", label=f"task {task}")
     left.set(title="mean over tasks; dots: seeds", yticks=range(len(methods)))
     left.set_yticklabels([method.name for method in methods])
+    left.set_ylim(len(methods) - 0.4, -0.6)  # the first method on top, as in the table
     right.set(title="tasks, mean over seeds")
     right.legend(fontsize="small")
     for axis in (left, right):

@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
-from torchrl.envs import ParallelEnv, SerialEnv
+from torchrl.envs import MultiAction, ParallelEnv, SerialEnv, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_evor.envs import (
@@ -198,7 +199,11 @@ class TestOGBenchEnv:
         assert (moved == simulator.step(np.array([1.0, 0]))[0]).all()
         assert moved[0] > start[0]
 
-    @pytest.mark.parametrize("batched", [SerialEnv, ParallelEnv])
+    @pytest.mark.parametrize(
+        "batched",
+        [SerialEnv, partial(ParallelEnv, mp_start_method="fork")],  # spawning imports torch anew
+        ids=["SerialEnv", "ParallelEnv"],
+    )
     def test_batched(self, batched):
         env = batched(2, make_maze)
         try:
@@ -219,6 +224,18 @@ class TestOGBenchEnv:
             collector.shutdown()
         assert [batch.numel() for batch in batches] == [30, 30]
         assert batches[0]["next", "success"].dtype is torch.bool
+
+    def test_chunks_of_actions_through_multi_action(self):
+        # A chunked policy writes [h * action]; unflattened, TorchRL's own transform executes it.
+        env = TransformedEnv(make_maze(max_episode_steps=7), MultiAction(stack_rewards=True))
+        policy = TensorDictModule(
+            lambda observation: observation.new_ones(3 * 2).unflatten(-1, (3, 2)),
+            in_keys=["observation"],
+            out_keys=["action"],
+        )
+        rollout = env.rollout(10, policy)
+        assert rollout.shape == (3,)  # 3 + 3 + 1 steps
+        assert rollout["next", "truncated"].flatten().tolist() == [False, False, True]
 
     def test_sparse_reward(self):
         # Scene has five sub-goals; at the start of task 2 more than one of them is unmet.
