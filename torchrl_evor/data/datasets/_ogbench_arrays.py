@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def read_array(file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
     """One array of an npz file, with a readable error for damaged and pickled ones."""
     try:
         return file[key]
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise ValueError(f"The array {key!r} of the npz file is damaged: {error}.") from error
     except ValueError as error:
         raise TypeError(

@@ -14,10 +14,16 @@ from typing import Literal
 
 import torch
 from filelock import FileLock
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torchrl.data.datasets.common import BaseDatasetExperienceReplay
 from torchrl.data.datasets.utils import _get_root_dir, register_dataset
-from torchrl.data.replay_buffers import ImmutableDatasetWriter, Sampler, Writer
+from torchrl.data.replay_buffers import (
+    ImmutableDatasetWriter,
+    Sampler,
+    TensorDictReplayBuffer,
+    TensorStorage,
+    Writer,
+)
 from torchrl.data.utils import DEVICE_TYPING
 from torchrl.envs.transforms import Transform
 
@@ -264,6 +270,15 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
                 self._name.env_id,
                 sparse=self.reward_type == "sparse",
             )
+
+    def preprocess(self, fn: Callable[[TensorDictBase], TensorDictBase], *args, **kwargs):
+        """Maps ``fn`` over the single transitions (windows are only laid when sampling).
+
+        Takes the arguments of :meth:`BaseDatasetExperienceReplay.preprocess` and returns, as it
+        does, a new :class:`~torchrl.data.TensorStorage`.
+        """
+        transitions = TensorDictReplayBuffer(storage=TensorStorage(self._data))
+        return BaseDatasetExperienceReplay.preprocess(transitions, fn, *args, **kwargs)
 
     def empirical_returns(self, gamma: float | None = None) -> torch.Tensor:
         """Discounted return that the data earn from every transition on.
