@@ -191,6 +191,11 @@ def _select_torch(z, action, gumbel, log_weights, loc, scale, tau_r, tau_q, retu
     return chosen, value, q, returns if return_samples else returns.new_empty(0)
 
 
+def _selects_on_device(z: Tensor, backend: str) -> bool:
+    runs = z.is_cuda and backend != "torch" and _has_triton
+    return runs and z.dtype == torch.float32 and z.numel() > 0
+
+
 def _select(
     packed,
     observation: Tensor,
@@ -213,7 +218,7 @@ def _select(
     sampler = (tensors, activation, eps, num_steps, backend, precision)
     z = _sample(packed, observation, action, noise, *sampler)
     reads = (z, action.contiguous(), gumbel, log_weights, loc, scale, tau_r, tau_q, return_samples)
-    if not z.is_cuda or z.numel() == 0 or z.dtype == torch.float64 or backend == "torch":
+    if not _selects_on_device(z, backend):
         return _select_torch(*reads)
     from . import _launch
 

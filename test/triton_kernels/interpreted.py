@@ -1,0 +1,145 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The kernels in Triton's interpreter, on the CPU: run by ``test_evor_select_interpreter.py``.
+
+Needs ``TRITON_INTERPRET=1`` before triton is imported, hence a process of its own. The interpreter
+cannot see missing barriers and computes tf32 products in float32.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from _kernel_cases import assert_matches, Case, relative_error
+from torchrl_evor.triton_kernels import _config, _launch, evor_select, ops, sample_returns
+
+LAYERED = {
+    "16x16": _launch.LayerConfig(16, 16, 16, 4, 1, rows=32),
+    "32x64": _launch.LayerConfig(32, 64, 32, 4, 1),
+}
+LOOP = {"16": _launch.LoopConfig(16, 16, 4, 1), "32": _launch.LoopConfig(32, 32, 4, 1)}
+TILES = LAYERED | {f"loop {name}": tile for name, tile in LOOP.items()}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills ``torch.empty`` with NaN, so that reading what nothing wrote cannot hide."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def use_tile(monkeypatch):
+    monkeypatch.setattr(ops, "why_no_triton", lambda *_: None)
+    monkeypatch.setattr(_config, "num_programs", lambda _: 2)
+    # Selection takes the kernel where the tensors are on the device.
+    monkeypatch.setattr(ops, "_selects_on_device", lambda z, backend: z.numel() > 0)
+    return lambda tile: monkeypatch.setattr(_config, "choose", lambda *_: tile)
+
+
+def _run(case, precision, **changes):
+    with torch.no_grad():
+        return evor_select(
+            case.packed,
+            *case.inputs(),
+            **case.options,
+            return_samples=True,
+            backend="triton",
+            precision=precision,
+            **changes,
+        )
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(
+    "states, candidates, nodes, widths, options",
+    [
+        (2, 3, 5, (48, 48, 48), {}),
+        (1, 1, 1, (16, 16), {"activation": "relu", "layer_norm": False}),
+        (3, 1, 2, (20, 20, 20), {"activation": "silu", "shared": True}),
+        (1, 5, 9, (33, 33), {"activation": "gelu", "weighted": True}),
+    ],
+    ids=["layernorm", "one-of-each", "silu-shared-nodes", "erf-weights"],
+)
+def test_parity(use_tile, tile, states, candidates, nodes, widths, options):
+    use_tile(TILES[tile])
+    case = Case(states, candidates, nodes, widths, num_steps=2, **options)
+    assert_matches(_run(case, "tf32x3"), case, "float32")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("tile", ["16x16", "loop 16"])
+def test_half_operands(use_tile, tile, precision):
+    use_tile(TILES[tile])
+    case = Case(2, 2, 3, (48, 48, 48), num_steps=2)
+    assert_matches(_run(case, precision), case, precision)
+
+
+def test_unequal_widths_and_two_products_per_step(use_tile):
+    use_tile(LAYERED["16x16"])
+    case = Case(2, 2, 3, (20, 70, 40), num_steps=2)
+    assert_matches(_run(case, "tf32x3"), case, "float32")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tau_r": 0.0, "weighted": True},
+        {"tau_r": float("inf"), "weighted": True},
+        {"tau_r": 100.0},
+        {"tau_r": 1e-3},
+        {"tau_q": 0.0},
+    ],
+    ids=str,
+)
+def test_temperatures(use_tile, options):
+    """More candidates and nodes than one block of the selection holds."""
+    use_tile(LOOP["32"])
+    case = Case(2, 35, 66, (16, 16), num_steps=1, **options)
+    assert_matches(_run(case, "tf32x3"), case, "float32")
+
+
+def test_nan_never_wins_and_ties_go_to_the_lowest_index():
+    z = torch.tensor([[[float("nan")], [1.0], [2.0], [2.0]], [[float("nan")]] * 4])
+    one, zero = torch.ones(()), torch.zeros(())
+    action = torch.arange(8.0).reshape(2, 4, 1)
+    chosen, value, q, _ = _launch.select(z, action, None, None, zero, one, 1.0, 0.0, False)
+    assert chosen.flatten().tolist() == [2.0, 4.0]
+    assert value[0] == 2.0 and value[1].isnan()
+    assert q[0, 0].isnan() and q[1].isnan().all()
+
+
+def test_zero_states(use_tile):
+    use_tile(LOOP["16"])
+    case = Case(0, 3, 4, (16, 16))
+    assert [tuple(t.shape) for t in _run(case, None)] == [(0, 3), (0,), (0, 3), (0, 3, 4)]
+
+
+def test_non_contiguous_inputs(use_tile):
+    use_tile(LAYERED["16x16"])
+    case = Case(2, 3, 4, (16, 16), num_steps=1)
+    want = sample_returns(case.packed.freeze(), *case.inputs()[:3], 1, backend="torch")
+    case.observation = case.observation.t().contiguous().t()
+    case.action = case.action.transpose(0, 1).contiguous().transpose(0, 1)
+    case.noise = case.noise.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    with torch.no_grad():
+        got = sample_returns(case.packed, *case.inputs()[:3], 1, backend="triton")
+    assert relative_error(got, want.double()) < 1e-5
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_weights_of_a_live_view_are_never_stale(use_tile, layer_norm):
+    use_tile(LOOP["16"])
+    case = Case(1, 2, 3, (16, 16), layer_norm=layer_norm, num_steps=1)
+    _run(case, "tf32x3")
+    for parameter in case.network.parameters():
+        parameter.data.add_(0.1)  # leaves the version counter as it was
+    assert_matches(_run(case, "tf32x3"), case, "float32")
+
+
+if __name__ == "__main__":
+    pytest.main([__file__, "-q"])

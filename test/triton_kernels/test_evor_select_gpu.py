@@ -1,0 +1,198 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The kernels on a CUDA device, against float64."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from _kernel_cases import assert_matches, Case, relative_error, TOLERANCE
+from torchrl_evor.triton_kernels import evor_select, sample_returns
+
+_has_triton = importlib.util.find_spec("triton") is not None
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not _has_triton, reason="needs CUDA and triton"
+    ),
+]
+DESIGNS = ("triton_layered", "triton_loop")
+
+
+def _run(case, backend, precision, **changes):
+    with torch.no_grad():
+        return evor_select(
+            case.packed,
+            *case.inputs(),
+            **case.options,
+            return_samples=True,
+            backend=backend,
+            precision=precision,
+            **changes,
+        )
+
+
+@pytest.mark.parametrize("backend", DESIGNS)
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32", "tf32x3", "ieee"])
+def test_parity_at_full_size(backend, precision):
+    case = Case(3, 5, 23, (512,) * 4, num_steps=10, device="cuda")
+    assert_matches(_run(case, backend, precision), case, precision)
+
+
+@pytest.mark.parametrize("backend", DESIGNS)
+@pytest.mark.parametrize(
+    "widths, activation, layer_norm",
+    [
+        ((48, 48), "relu", False),
+        ((64, 64, 64), "silu", True),
+        ((200, 200, 200), "gelu", True),
+        ((1000, 1000), "gelu_tanh", False),
+    ],
+)
+def test_parity_of_other_networks(backend, widths, activation, layer_norm):
+    options = {"activation": activation, "layer_norm": layer_norm, "device": "cuda"}
+    case = Case(4, 3, 7, widths, **options)
+    assert_matches(_run(case, backend, "fp16"), case, "fp16")
+
+
+def test_parity_of_unequal_widths():
+    case = Case(4, 3, 7, (130, 64, 300), device="cuda")
+    assert_matches(_run(case, "triton_layered", "tf32x3"), case, "tf32x3")
+    with pytest.raises(RuntimeError, match="equal hidden widths"):
+        _run(case, "triton_loop", "tf32x3")
+
+
+@pytest.mark.parametrize("backend", DESIGNS)
+def test_many_rows_in_several_chunks(backend):
+    case = Case(70, 11, 100, (64, 64, 64), device="cuda")
+    assert_matches(_run(case, backend, "fp16"), case, "fp16")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tau_r": 0.0},
+        {"tau_r": float("inf")},
+        {"tau_r": 100.0},
+        {"tau_r": 1e-3},
+        {"tau_q": 0.0},
+        {"weighted": True},
+        {"weighted": True, "tau_r": float("inf")},
+        {"shared": True},
+    ],
+    ids=str,
+)
+def test_selection_modes(options):
+    case = Case(3, 40, 70, (64, 64), device="cuda", **options)
+    assert_matches(_run(case, "triton", "tf32x3"), case, "tf32x3")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 1, 1), (1, 33, 1), (1, 1, 65)])
+def test_smallest_shapes(shape):
+    case = Case(*shape, (64, 64), device="cuda")
+    assert_matches(_run(case, "triton", "tf32x3"), case, "tf32x3")
+
+
+@pytest.mark.parametrize("backend", DESIGNS)
+def test_zero_states(backend):
+    case = Case(0, 3, 4, (64, 64), device="cuda")
+    assert [tuple(t.shape) for t in _run(case, backend, None)] == [(0, 3), (0,), (0, 3), (0, 3, 4)]
+
+
+@pytest.mark.parametrize("backend", DESIGNS)
+@pytest.mark.parametrize("precision", ["fp16", "tf32x3"])
+def test_repeats_bit_for_bit(backend, precision):
+    """A missing barrier shows as an error that moves between runs."""
+    case = Case(2, 32, 50, (512,) * 4, num_steps=5, device="cuda")
+    first = _run(case, backend, precision)
+    for _ in range(200):
+        for got, want in zip(_run(case, backend, precision), first):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", DESIGNS)
+def test_uninitialised_memory_is_not_read(backend):
+    case = Case(3, 5, 7, (48, 48, 48), device="cuda")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    try:
+        got = _run(case, backend, "tf32x3")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_matches(got, case, "tf32x3")
+
+
+@pytest.mark.parametrize("backend", DESIGNS)
+def test_graph_replays_fresh_noise_and_fresh_weights(backend):
+    case = Case(2, 8, 16, (64, 64, 64), device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _run(case, backend, "tf32x3")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = _run(case, backend, "tf32x3")
+    for _ in range(3):
+        case.noise.normal_()
+        for parameter in case.network.parameters():
+            # A write through `.data` does not bump the version counter.
+            parameter.data.mul_(1.1)
+        graph.replay()
+        assert_matches(got, case, "tf32x3")
+
+
+def test_compiles_without_graph_breaks():
+    case = Case(2, 8, 16, (64, 64, 64), device="cuda")
+
+    @torch.compile(fullgraph=True)
+    def compiled(observation, action, noise, gumbel):
+        return evor_select(
+            case.packed,
+            observation,
+            action,
+            noise,
+            gumbel,
+            **case.options,
+            return_samples=True,
+            backend="triton",
+            precision="tf32x3",
+        )
+
+    with torch.no_grad():
+        assert_matches(compiled(*case.inputs()), case, "tf32x3")
+        case.network[0].weight.data.mul_(1.5)
+        case.noise.normal_()
+        assert_matches(compiled(*case.inputs()), case, "tf32x3")
+
+
+def test_torch_backend_on_the_device():
+    case = Case(3, 5, 7, (64, 64), device="cuda")
+    assert_matches(_run(case, "torch", None), case, "float32")
+
+
+def test_half_parameters():
+    case = Case(3, 5, 7, (64, 64), device="cuda")
+    want = case.want()[3]
+    case.network.half()
+    inputs = case.observation.half(), case.action.half(), case.noise
+    with torch.no_grad():
+        z = sample_returns(case.packed, *inputs, 3, backend="triton")
+    assert z.dtype == torch.float32
+    assert relative_error(2.0 + 3.0 * z, want) < 2 * TOLERANCE["fp16"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_device_that_is_not_current():
+    case = Case(2, 3, 4, (64, 64), device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert_matches(_run(case, "triton", "tf32x3"), case, "tf32x3")
+
+
+if __name__ == "__main__":
+    pytest.main([__file__, "-m", "gpu", "-q"])
