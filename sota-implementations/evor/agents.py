@@ -17,20 +17,27 @@ import results_io
 import torch
 import utils
 from omegaconf import DictConfig
-from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
 
-from torchrl_evor import EVORActor, FlowMatchingPolicy, OGBenchEnv, ReturnFlow, VelocityMLP
+from torchrl_evor import (
+    EVORActor,
+    FlowMatchingPolicy,
+    OGBenchEnv,
+    ReturnFlow,
+    ScalarCritic,
+    StackedVelocityMLP,
+    VelocityMLP,
+)
 from torchrl_evor.envs import rollout_episodes
 
 
 @dataclass
 class Agent:
-    """Networks of a trained agent: base policy, value network and its units."""
+    """A trained agent: base policy, value network (or the members of an ensemble), units."""
 
     policy: VelocityMLP
-    value: nn.Module
+    value: list[VelocityMLP]
     loc: float
     scale: float
 
@@ -44,14 +51,17 @@ def save(folder: Path, env: str, method: str, setting, agent: Agent, program) ->
         "method": method,
         **asdict(setting),
         "num_updates": program.num_updates,
-        "num_transitions": len(program.windows.observation),
+        "num_transitions": len(program.windows[method].observation),
         "hidden_sizes": list(program.cfg.hidden_sizes),
         "num_steps": program.cfg.num_steps,
         "batch_size": program.cfg.data.batch_size,
         "loc": agent.loc,
         "scale": agent.scale,
         "policy": {key: value.cpu() for key, value in agent.policy.state_dict().items()},
-        "value": {key: value.cpu() for key, value in agent.value.state_dict().items()},
+        "value": [
+            {key: value.cpu() for key, value in member.state_dict().items()}
+            for member in agent.value
+        ],
     }
     partial = folder / f".{name}.part"
     torch.save(content, partial)
@@ -69,12 +79,17 @@ def load(path: Path, device: torch.device | str = "cpu", **actor_options) -> EVO
     """
     content = torch.load(path, map_location=device, weights_only=True)
     policy = _network(content["policy"], content["hidden_sizes"], layer_norm=False)
-    value = _network(content["value"], content["hidden_sizes"], layer_norm=True)
+    members = [
+        _network(state, content["hidden_sizes"], layer_norm=True) for state in content["value"]
+    ]
     action_dim = policy.net[-1].out_features
     policy = FlowMatchingPolicy(policy, action_dim, content["num_steps"])
-    if content["method"] != "evor":
-        raise ValueError(f"method of {path} must be 'evor', got {content['method']!r}.")
-    returns = ReturnFlow(value, content["num_steps"], loc=content["loc"], scale=content["scale"])
+    units = {"loc": content["loc"], "scale": content["scale"]}
+    if content["method"] == "evor":
+        returns = ReturnFlow(members[0], content["num_steps"], **units)
+    else:
+        network = StackedVelocityMLP.from_models(members)
+        returns = ScalarCritic(network, num_critics=len(members), **units)
     return EVORActor(policy, returns, **actor_options).to(device)
 
 
@@ -102,12 +117,12 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
         outcome = rollout_episodes(
             lambda: OGBenchEnv(name), actor, episodes, seed=seed, num_envs=episodes, device=device
         )
-    parameters = sum(
-        value.numel() for key in ("policy", "value") for value in content[key].values()
-    )
+    states = (content["policy"], *content["value"])
+    parameters = sum(value.numel() for state in states for value in state.values())
     kept = ("env", "task", "seed", "method", "n_step", "num_updates", "num_transitions")
     return {
-        **{key: content[key] for key in (*kept, "batch_size", "hidden_sizes")},
+        **{key: content[key] for key in (*kept, "batch_size")},
+        "hidden": "x".join(map(str, content["hidden_sizes"])),
         **options,
         **utils.episode_columns(outcome),
         "parameters": parameters,
@@ -131,24 +146,17 @@ def evaluate_all(cfg: DictConfig, files: list[Path], device, train_seconds: floa
                 "{env} task {task} seed {seed} {method} n={n_step} tau_r={tau_r:g}: "
                 "success {success:.2f}, return {return_mean:.1f}".format(**outcome)
             )
-            if cfg.results is not None:
-                results_io.append_row(
-                    cfg.results, _row(cfg, outcome, device, train_seconds), replace=True
-                )
+            if cfg.results_dir is not None:
+                path = Path(cfg.results_dir) / outcome["env"] / f"{outcome['method']}.csv"
+                results_io.append_row(path, _row(cfg, outcome, device, train_seconds))
 
 
-def _row(cfg: DictConfig, outcome: dict, device, train_seconds: float) -> results_io.ResultRow:
-    copied = ("env", "method", "seed", "num_updates", "batch_size", "parameters", "episodes")
-    copied += ("success", "return_mean", "length_mean", "eval_seconds_per_decision")
-    sizes = outcome["hidden_sizes"]
-    return results_io.ResultRow(
-        **{key: outcome[key] for key in copied},
-        task=f"task{outcome['task']}",
-        protocol=f"{cfg.protocol}, n={outcome['n_step']}, tau_r={outcome['tau_r']:g}",
-        n_transitions=outcome["num_transitions"],
-        hidden=f"{len(sizes)}x{max(sizes)}",
-        device=utils.device_name(device),
-        train_seconds=train_seconds,
-        peak_memory_mb=utils.peak_memory_mb(device),
-        command=" ".join(["python", *sys.argv]),
-    )
+def _row(cfg: DictConfig, outcome: dict, device, train_seconds: float) -> dict:
+    return {
+        **outcome,
+        "protocol": cfg.protocol,
+        "device": utils.device_name(device),
+        "train_seconds": train_seconds,
+        "peak_memory_mb": utils.peak_memory_mb(device),
+        "command": " ".join(["python", *sys.argv]),
+    }

@@ -55,7 +55,7 @@ def main(cfg: DictConfig) -> None:
 
     episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
     tqdm.write(run.log_episodes(episodes))
-    if cfg.results is not None:
+    if cfg.results_dir is not None:
         utils.append_result(cfg, run, actor, episodes, train_seconds)
     figures.learning_curve(run.history, output / "learning_curve.png")
     figures.reward_to_go(data, actor, cfg.loss.gamma, output / "reward_to_go.png")

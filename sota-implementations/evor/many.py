@@ -28,10 +28,17 @@ from torch import Tensor
 from torchrl.objectives import SoftUpdate
 from tqdm import tqdm
 
-from torchrl_evor import EVORLoss, FlowMatchingPolicy, ReturnFlow
+from torchrl_evor import (
+    CriticLoss,
+    EVORLoss,
+    FlowMatchingPolicy,
+    QCLoss,
+    ReturnFlow,
+    ScalarCritic,
+    StackedVelocityMLP,
+)
 from torchrl_evor.data import OGBenchExperienceReplay
 from torchrl_evor.data.datasets import make_windows
-from torchrl_evor.modules import StackedVelocityMLP
 
 
 @dataclass(frozen=True)
@@ -77,15 +84,20 @@ class TaskWindows:
         columns = (windows.end.int(), windows.reward, windows.terminated)
         return tuple(c.new_zeros(size).index_copy_(0, windows.start, c) for c in columns)
 
-    def sample(self, batch_size: int) -> tuple[TensorDict, TensorDict]:
-        """A batch for the base policies ``[S, B]`` and one for the value networks ``[M, B]``."""
+    def rows(self, batch_size: int) -> Tensor:
+        """Random transitions that start a window in every setting, ``[S, B]``."""
         shape = (self.num_seeds, batch_size)
-        row = self.start[torch.randint(len(self.start), shape, device=self.start.device)]
-        observation, action = self.observation[row], self.action[row]
-        policy_batch = TensorDict(observation=observation, action=action, batch_size=shape)
-        # Networks of one seed share their rows, and look them up in tables of their own.
-        copies = len(self.end) // self.num_seeds
-        row = row.repeat_interleave(copies, 0)
+        return self.start[torch.randint(len(self.start), shape, device=self.start.device)]
+
+    def policy_batch(self, row: Tensor) -> TensorDict:
+        """What the base policies imitate, ``[S, B]``."""
+        return TensorDict(
+            observation=self.observation[row], action=self.action[row], batch_size=row.shape
+        )
+
+    def value_batch(self, row: Tensor) -> TensorDict:
+        """Windows of every setting at the rows of its seed, ``[M, B]``."""
+        row = row.repeat_interleave(len(self.end) // self.num_seeds, 0)
         end = self.end.gather(1, row).long()
         terminated = self.terminated.gather(1, row).unsqueeze(-1)
         following = {
@@ -95,14 +107,35 @@ class TaskWindows:
             "terminated": terminated,
             "done": terminated,
         }
-        value_batch = TensorDict(
-            observation=observation.repeat_interleave(copies, 0),
-            action=action.repeat_interleave(copies, 0),
+        return TensorDict(
+            observation=self.observation[row],
+            action=self.action[row],
             steps_to_next_obs=(end - row + 1).unsqueeze(-1),
             next=TensorDict(following, batch_size=row.shape),
             batch_size=row.shape,
         )
-        return policy_batch, value_batch
+
+
+class StackedQCLoss(QCLoss):
+    """QCLoss over a stack of critics whose tasks share the candidates at the next state.
+
+    One-step windows of all tasks reach the same state, so the candidates are
+    drawn once for each seed.
+    """
+
+    def _next_action(self, tensordict) -> Tensor:
+        following = tensordict["next", "observation"]
+        num_seeds = self.actor_network.module.velocity_network.num_models
+        copies = len(following) // num_seeds
+        observation = following[::copies].unsqueeze(-2)
+        rows = (*following[::copies].shape[:-1], self.num_candidates, following.shape[-1])
+        with self._swap("actor_network"):
+            candidates = self.actor_network.module(observation.expand(rows))
+        candidates = candidates.repeat_interleave(copies, 0)
+        with self._swap("qvalue_network"):
+            values = self.qvalue_network.q_star(following.unsqueeze(-2), candidates, float("inf"))
+        index = values.argmax(-1, keepdim=True).unsqueeze(-1)
+        return candidates.take_along_dim(index, -2).squeeze(-2)
 
 
 class Program:
@@ -112,18 +145,27 @@ class Program:
     """
 
     def __init__(self, cfg: DictConfig, name: str, gamma: float, device: torch.device) -> None:
-        self.cfg, self.name, self.device = cfg, name, device
-        self.settings = [
-            Setting(*row) for row in itertools.product(cfg.seeds, cfg.tasks, cfg.n_steps)
-        ]
-        replays = {task: load_task(cfg, name, task, gamma) for task in cfg.tasks}
-        self.windows = TaskWindows(replays, self.settings, gamma, device)
-        self.losses = {
-            method: self._make_loss(method, replays, gamma).to(device) for method in cfg.methods
+        self.cfg, self.name, self.gamma, self.device = cfg, name, gamma, device
+        self.replays = {task: load_task(cfg, name, task, gamma) for task in cfg.tasks}
+        self.settings = {
+            method: [
+                Setting(*row)
+                for row in itertools.product(
+                    cfg.seeds, cfg.tasks, [1] if method == "qc-1" else cfg.n_steps
+                )
+            ]
+            for method in cfg.methods
         }
+        self.windows = {
+            method: TaskWindows(self.replays, settings, gamma, device)
+            for method, settings in self.settings.items()
+        }
+        self.policy = self._make_policy()
+        self.losses = {method: self._make_loss(method).to(device) for method in cfg.methods}
         self.updaters = [SoftUpdate(loss, tau=cfg.tau) for loss in self.losses.values()]
-        parameters = dict.fromkeys(p for loss in self.losses.values() for p in loss.parameters())
         on_cuda = device.type == "cuda"
+        parameters = dict.fromkeys(p for loss in self.losses.values() for p in loss.parameters())
+        self.num_parameters = sum(p.numel() for p in parameters)
         self.optimizer = torch.optim.Adam(
             list(parameters), lr=cfg.lr, fused=True, capturable=on_cuda
         )
@@ -132,16 +174,27 @@ class Program:
         self.graph = None
         self.num_updates = 0
 
-    def _make_loss(self, method: str, replays: dict, gamma: float) -> torch.nn.Module:
-        """The loss of a method; all methods share the base policies."""
-        if not hasattr(self, "policy"):
-            self.policy = self._make_policy()
-        statistics = [replays[s.task].return_statistics(gamma) for s in self.settings]
+    def _make_policy(self) -> FlowMatchingPolicy:
+        """One base policy for each seed, shared by all methods and tasks."""
+        windows = next(iter(self.windows.values()))
+        observation_dim, action_dim = windows.observation.shape[-1], windows.action.shape[-1]
+        network = StackedVelocityMLP(
+            windows.num_seeds,
+            observation_dim + action_dim + 1,
+            action_dim,
+            hidden_sizes=self.cfg.hidden_sizes,
+        )
+        return FlowMatchingPolicy(network, action_dim, self.cfg.num_steps).to(self.device)
+
+    def _make_loss(self, method: str) -> torch.nn.Module:
+        """The loss of a method over its stack of value networks."""
+        settings, windows = self.settings[method], self.windows[method]
+        statistics = [self.replays[s.task].return_statistics(self.gamma) for s in settings]
         loc, scale = (torch.tensor(column) for column in zip(*statistics))
-        features = self.windows.observation.shape[-1] + self.windows.action.shape[-1]
-        stack = {"hidden_sizes": self.cfg.hidden_sizes, "layer_norm": True}
+        options = {"hidden_sizes": self.cfg.hidden_sizes, "layer_norm": True}
+        features = windows.observation.shape[-1] + windows.action.shape[-1]
         if method == "evor":
-            network = StackedVelocityMLP(len(self.settings), features + 2, **stack)
+            network = StackedVelocityMLP(len(settings), features + 2, **options)
             returns = ReturnFlow(network, self.cfg.num_steps, loc=loc, scale=scale)
             loss = EVORLoss(
                 self.policy,
@@ -150,33 +203,41 @@ class Program:
                 next_action="dataset",
                 reduction="none",
             )
+            return loss.make_value_estimator(gamma=self.gamma)
+        network = StackedVelocityMLP(2 * len(settings), features, **options)
+        critic = ScalarCritic(network, num_critics=2, loc=loc, scale=scale)
+        if method == "scalar":
+            loss = CriticLoss(self.policy, critic, next_action="dataset", reduction="none")
+        elif method == "qc-1":
+            loss = StackedQCLoss(
+                self.policy,
+                critic,
+                num_candidates=self.cfg.actor.num_candidates,
+                reduction="none",
+            )
         else:
-            raise ValueError(f"methods must be 'evor' or 'scalar', got {method!r}.")
-        return loss.make_value_estimator(gamma=gamma)
-
-    def _make_policy(self) -> FlowMatchingPolicy:
-        observation_dim = self.windows.observation.shape[-1]
-        action_dim = self.windows.action.shape[-1]
-        network = StackedVelocityMLP(
-            self.windows.num_seeds,
-            observation_dim + action_dim + 1,
-            action_dim,
-            hidden_sizes=self.cfg.hidden_sizes,
-        )
-        return FlowMatchingPolicy(network, action_dim, self.cfg.num_steps)
+            raise ValueError(f"methods must be 'evor', 'scalar' or 'qc-1', got {method!r}.")
+        return loss.make_value_estimator(gamma=self.gamma)
 
     def _update(self) -> None:
-        policy_batch, value_batch = self.windows.sample(self.cfg.data.batch_size)
-        first = next(iter(self.losses.values()))
+        first = next(iter(self.windows.values()))
+        row = first.rows(self.cfg.data.batch_size)
         # Means over the batch and sums over models give each model the gradient it has alone.
-        terms = [first.actor_loss(policy_batch)[0].mean(-1).sum()]
-        terms += [loss.value_loss(value_batch)[0].mean(-1).sum() for loss in self.losses.values()]
+        terms = [self._first_loss.actor_loss(first.policy_batch(row))[0]]
+        for method, loss in self.losses.items():
+            regression = loss.value_loss if method == "evor" else loss.qvalue_loss
+            terms.append(regression(self.windows[method].value_batch(row))[0])
+        terms = [term.mean(-1) for term in terms]
         self.optimizer.zero_grad()
-        sum(terms).backward()
+        sum(term.sum() for term in terms).backward()
         self.optimizer.step()
         for updater in self.updaters:
             updater.step()
-        self.metrics.copy_(torch.stack(terms).detach())
+        self.metrics.copy_(torch.stack([term.detach().mean() for term in terms]))
+
+    @property
+    def _first_loss(self) -> torch.nn.Module:
+        return next(iter(self.losses.values()))
 
     def update(self) -> None:
         """One gradient step of every network; asynchronous on CUDA."""
@@ -198,15 +259,19 @@ class Program:
         self.graph = graph
 
     def agents(self, method: str):
-        """Trained agents, one for each setting, as ``(setting, agent)``."""
+        """Trained agents of a method, as ``(setting, agent)``."""
         policies = self.policy.module.velocity_network.unstack()
-        returns = self.losses[method].value_network
-        networks = returns.velocity_network.unstack()
-        seeds = list(dict.fromkeys(setting.seed for setting in self.settings))
-        for index, setting in enumerate(self.settings):
+        loss, settings = self.losses[method], self.settings[method]
+        model = loss.value_network if method == "evor" else loss.qvalue_network
+        stack = model.velocity_network if method == "evor" else model.network
+        networks = stack.unstack()
+        seeds = list(self.cfg.seeds)
+        for index, setting in enumerate(settings):
+            # Members of an ensemble lie one stack of settings apart.
+            members = networks[index :: len(settings)]
+            loc, scale = model.loc[index].item(), model.scale[index].item()
             policy = policies[seeds.index(setting.seed)]
-            loc, scale = returns.loc.flatten()[index], returns.scale.flatten()[index]
-            yield setting, agents.Agent(policy, networks[index], loc.item(), scale.item())
+            yield setting, agents.Agent(policy, members, loc, scale)
 
 
 def load_task(cfg: DictConfig, name: str, task: int, gamma: float) -> OGBenchExperienceReplay:

@@ -241,26 +241,30 @@ class Run:
 def append_result(
     cfg: DictConfig, run: Run, actor: EVORActor, episodes: TensorDictBase, train_seconds: float
 ) -> None:
-    """Adds the row of a finished run to the folder ``cfg.results``."""
+    """Adds the row of a finished run to the folder ``cfg.results_dir``."""
     device = actor.returns.loc.device
-    row = results_io.ResultRow(
-        env=cfg.env.name,
-        task=f"task{cfg.env.task}",
-        method="evor",
-        seed=cfg.seed,
-        protocol=cfg.protocol,
-        num_updates=run.step,
-        n_transitions=cfg.data.num_transitions,
-        hidden=f"{len(cfg.value.hidden_sizes)}x{max(cfg.value.hidden_sizes)}",
-        batch_size=cfg.data.batch_size,
-        device=device_name(device),
-        train_seconds=train_seconds,
-        peak_memory_mb=peak_memory_mb(device),
-        parameters=sum(p.numel() for p in actor.parameters()),
-        command=" ".join(["python", *sys.argv]),
+    row = {
+        "env": cfg.env.name,
+        "task": cfg.env.task,
+        "method": "evor",
+        "seed": cfg.seed,
+        "protocol": cfg.protocol,
+        "num_updates": run.step,
+        "num_transitions": cfg.data.num_transitions,
+        "n_step": cfg.data.n_step,
+        "hidden": "x".join(map(str, cfg.value.hidden_sizes)),
+        "batch_size": cfg.data.batch_size,
+        "num_candidates": cfg.actor.num_candidates,
+        "num_samples": cfg.actor.num_samples,
+        "tau_r": cfg.actor.tau_r,
+        "device": device_name(device),
+        "train_seconds": train_seconds,
+        "peak_memory_mb": peak_memory_mb(device),
+        "parameters": sum(p.numel() for p in actor.parameters()),
+        "command": " ".join(["python", *sys.argv]),
         **episode_columns(episodes),
-    )
-    results_io.append_row(cfg.results, row, replace=True)
+    }
+    results_io.append_row(Path(cfg.results_dir) / cfg.env.name / "evor.csv", row)
 
 
 def episode_columns(episodes: TensorDictBase) -> dict[str, float]:
