@@ -114,8 +114,9 @@ class EVORActor(TensorDictModuleBase):
         candidate is taken whatever ``tau_q`` is.
 
     Raises:
-        ValueError: if a count is below 1, a temperature negative, or
-            ``nodes`` or ``backend`` unknown.
+        ValueError: if a count is below 1, a temperature negative, ``nodes`` or
+            ``backend`` unknown, or the policy does not write the action that
+            ``returns`` reads.
 
     Examples:
         >>> import torch
@@ -151,8 +152,15 @@ class EVORActor(TensorDictModuleBase):
         self.nodes = check_choice("nodes", nodes, ("stratified", "random"))
         self.backend = check_choice("backend", backend, ("auto", "torch", "triton"))
         self.return_candidates = return_candidates
+        # Not the policy's first output: that of a ProbabilisticActor is a mean.
+        action_key = returns.in_keys[1]
+        if action_key not in policy.out_keys:
+            raise ValueError(
+                f"policy must write the action that returns reads, {action_key!r}, "
+                f"got a policy that writes {policy.out_keys}."
+            )
         self.in_keys = list(dict.fromkeys([*policy.in_keys, returns.in_keys[0]]))
-        self.out_keys = [policy.out_keys[0], *returns.out_keys]
+        self.out_keys = [action_key, *returns.out_keys]
         if return_candidates:
             self.out_keys += ["candidates", "candidate_values"]
 
@@ -163,7 +171,7 @@ class EVORActor(TensorDictModuleBase):
             {
                 key: leaf.expand(self.num_candidates, *leaf.shape)
                 for key in self.policy.in_keys
-                for leaf in [tensordict.get(key)]
+                for leaf in [tensordict[key]]
             },
             batch_size=[self.num_candidates],
         )
@@ -183,7 +191,7 @@ class EVORActor(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the chosen action ``[*B, act]`` and its value ``[*B, 1]``."""
         candidates = self.candidates(tensordict)
-        observation = tensordict.get(self.returns.in_keys[0]).unsqueeze(-2)
+        observation = tensordict[self.returns.in_keys[0]].unsqueeze(-2)
         values = self.returns.q_star(
             observation, candidates, self.tau_r, self.num_samples, self.nodes
         )

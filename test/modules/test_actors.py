@@ -1,0 +1,324 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import pytest
+import torch
+from _known_laws import GaussianReturns, PointEnv, euler_gaussian_std
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.envs import SerialEnv
+from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
+from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
+
+from torchrl_evor import EVORActor, FlowMatchingPolicy, ReturnFlow, VelocityMLP
+
+GREEDY = [ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN]
+SOFT = [None, ExplorationType.RANDOM]
+
+
+class ActionIsReturn(nn.Module):
+    """Velocity that moves any noise by ``2 * action[0]``: the law is N(2 * action[0], 1)."""
+
+    def __init__(self, observation_dim=2):
+        super().__init__()
+        self.first = observation_dim
+
+    def forward(self, inputs):
+        return 2 * inputs[..., self.first : self.first + 1]
+
+
+class Cycle(nn.Module):
+    """Base policy whose candidate ``i`` of every state is the ``i``-th of a list."""
+
+    def __init__(self, actions):
+        super().__init__()
+        self.register_buffer("actions", torch.tensor(actions))
+
+    def forward(self, observation):
+        shape = (len(self.actions), *[1] * (observation.ndim - 2), 1)
+        return self.actions.reshape(shape).expand(*observation.shape[:-1], 1)
+
+
+def listed(actions, **kwargs):
+    """Actor over fixed candidates of value ``2 * action``."""
+    policy = TensorDictModule(Cycle(actions), in_keys=["observation"], out_keys=["action"])
+    kwargs = {"num_samples": 8, **kwargs}
+    return EVORActor(policy, ReturnFlow(ActionIsReturn()), num_candidates=len(actions), **kwargs)
+
+
+def make_actor(**kwargs):
+    policy = FlowMatchingPolicy(VelocityMLP(2 + 2 + 1, 2, hidden_sizes=(16,)), 2, num_steps=3)
+    returns = ReturnFlow(VelocityMLP(2 + 2 + 2, hidden_sizes=(16,)), num_steps=3)
+    return EVORActor(policy, returns, **{"num_candidates": 6, "num_samples": 4, **kwargs})
+
+
+def observations(*batch):
+    return TensorDict(observation=torch.randn(*batch, 2), batch_size=batch)
+
+
+class TestChoice:
+    def test_takes_the_best(self):
+        data = listed([-0.5, 0.75, 0.25])(observations(2, 3))
+        assert (data["action"] == 0.75).all() and data["action"].shape == (2, 3, 1)
+        torch.testing.assert_close(data["state_action_value"], torch.full((2, 3, 1), 1.5))
+
+    @pytest.mark.parametrize("mode", SOFT)
+    def test_softmax_frequencies(self, mode):
+        """P(i) ~ exp(Q_i / tau_q), with Q = 0, 1, 2 and tau_q = 0.5."""
+        size = 20_000
+        with set_exploration_type(mode):
+            data = listed([0.0, 0.5, 1.0], tau_q=0.5)(observations(size))
+        expected = torch.tensor([0.0, 2.0, 4.0]).softmax(0)
+        counts = torch.stack([(data["action"] == value).sum() for value in (0.0, 0.5, 1.0)])
+        spread = (size * expected * (1 - expected)).sqrt()
+        assert ((counts - size * expected).abs() < 4 * spread).all()
+        # The value that is written is that of the action that was chosen.
+        torch.testing.assert_close(data["state_action_value"], 2 * data["action"])
+
+    @pytest.mark.parametrize("mode", GREEDY)
+    def test_is_greedy_when_asked(self, mode):
+        with set_exploration_type(mode):
+            data = listed([0.0, 0.5, 1.0], tau_q=100.0)(observations(100))
+        assert (data["action"] == 1.0).all()
+
+    def test_infinite_tau_q_ignores_values(self):
+        with set_exploration_type(ExplorationType.RANDOM):
+            data = listed([0.0, 1.0], tau_q=float("inf"))(observations(2000))
+        assert data["action"].mean().item() == pytest.approx(0.5, abs=0.05)
+
+    def test_tau_r_weighs_spread_against_mean(self):
+        """A sure 1 against N(0, 2^2): the mean prefers the first, the maximum the second."""
+
+        class Law(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.gaussian = GaussianReturns()
+
+            def forward(self, inputs):
+                sure = inputs[..., 2:3] > 0
+                law = torch.where(sure, torch.tensor([1.0, 1e-3]), torch.tensor([0.0, 2.0]))
+                return self.gaussian(torch.cat([law, inputs[..., 2:]], -1))
+
+        policy = TensorDictModule(Cycle([1.0, -1.0]), in_keys=["observation"], out_keys=["action"])
+        returns = ReturnFlow(Law())
+        # Q of the second is std^2 / (2 tau): equal to 1 at tau = std^2 / 2.
+        even = euler_gaussian_std(2.0, 10) ** 2 / 2
+        for tau_r, best in (
+            (float("inf"), 1.0),
+            (1.2 * even, 1.0),
+            (0.8 * even, -1.0),
+            (0.0, -1.0),
+        ):
+            actor = EVORActor(policy, returns, num_candidates=2, num_samples=256, tau_r=tau_r)
+            assert actor(observations())["action"].item() == best
+
+
+class TestCandidates:
+    @pytest.mark.parametrize("mode", SOFT + GREEDY)
+    def test_are_random_in_every_mode(self, mode):
+        with set_exploration_type(mode):
+            candidates = make_actor(num_candidates=50).candidates(observations(3))
+        assert candidates.shape == (3, 50, 2)
+        assert all(len(rows.unique(dim=0)) > 25 for rows in candidates)  # corners repeat
+
+    def test_one_candidate_is_behaviour_cloning(self):
+        actor = make_actor(num_candidates=1)
+        data = observations(5)
+        torch.manual_seed(3)
+        chosen = actor(data.clone())["action"]
+        torch.manual_seed(3)
+        torch.testing.assert_close(chosen, actor.policy(data)["action"])
+
+    def test_more_candidates_are_better(self):
+        actor = make_actor()
+        values = []
+        for number in (1, 4, 64):
+            actor.num_candidates = number
+            values.append(actor(observations(256))["state_action_value"].mean().item())
+        assert values[0] < values[1] < values[2]
+
+    def test_on_request_only(self):
+        data = make_actor()(observations(4))
+        assert set(data.keys()) == {"observation", "action", "state_action_value"}
+        data = make_actor(return_candidates=True)(observations(4))
+        assert data["candidates"].shape == (4, 6, 2)
+        assert data["candidate_values"].shape == (4, 6)
+        best = data["candidate_values"].max(-1, keepdim=True)
+        torch.testing.assert_close(data["state_action_value"], best.values)
+        expected = data["candidates"].take_along_dim(best.indices.unsqueeze(-1), 1).squeeze(1)
+        torch.testing.assert_close(data["action"], expected)
+
+    def test_values_are_q_star(self):
+        actor = make_actor(return_candidates=True, tau_r=0.7)
+        data = actor(observations(2, 3))
+        expected = actor.returns.q_star(
+            data["observation"].unsqueeze(-2), data["candidates"], 0.7, 4
+        )
+        torch.testing.assert_close(data["candidate_values"], expected)
+
+    @pytest.mark.parametrize("nodes", ["stratified", "random"])
+    def test_nodes(self, nodes):
+        """Equal candidates have equal values on shared quantiles, and not on random nodes."""
+        actor = make_actor(nodes=nodes, return_candidates=True)
+        actor.policy = TensorDictModule(
+            lambda observation: torch.zeros_like(observation), ["observation"], ["action"]
+        )
+        values = actor(observations(4))["candidate_values"]
+        assert (values == values[:, :1]).all() == (nodes == "stratified")
+
+
+class TestAnyPolicy:
+    def probabilistic(self, **kwargs):
+        head = nn.Sequential(nn.Linear(2, 4), NormalParamExtractor())
+        module = TensorDictModule(head, in_keys=["observation"], out_keys=["loc", "scale"])
+        return ProbabilisticActor(
+            module, in_keys=["loc", "scale"], distribution_class=TanhNormal, **kwargs
+        )
+
+    @pytest.mark.parametrize("return_log_prob", [False, True])
+    @pytest.mark.parametrize("mode", [ExplorationType.RANDOM, ExplorationType.DETERMINISTIC])
+    def test_probabilistic_actor(self, mode, return_log_prob):
+        """Its first output is a mean, not an action; its mode would be one candidate."""
+        policy = self.probabilistic(return_log_prob=return_log_prob)
+        returns = ReturnFlow(ActionIsReturn())
+        actor = EVORActor(policy, returns, num_candidates=32, return_candidates=True)
+        with set_exploration_type(mode):
+            data = actor(observations(8))
+        assert set(data.keys()) == {"observation", *actor.out_keys}
+        assert actor.out_keys[:2] == ["action", "state_action_value"]
+        assert len(data["candidates"].unique(dim=-2)[0]) == 32
+        best = data["candidates"][..., 0].amax(-1)
+        torch.testing.assert_close(data["action"][..., 0], best)
+        torch.testing.assert_close(data["state_action_value"][..., 0], 2 * best)
+
+    def test_policy_that_writes_no_action(self):
+        policy = TensorDictModule(nn.Linear(2, 2), in_keys=["observation"], out_keys=["move"])
+        with pytest.raises(ValueError, match="policy must write .*'action'.*move"):
+            EVORActor(policy, ReturnFlow(ActionIsReturn()))
+
+    def test_nested_keys(self):
+        policy = FlowMatchingPolicy(
+            nn.Linear(5, 2), 2, in_keys=[("agent", "state")], out_keys=[("agent", "move")]
+        )
+        returns = ReturnFlow(
+            nn.Linear(6, 1),
+            in_keys=[("agent", "state"), ("agent", "move")],
+            out_keys=[("agent", "value")],
+        )
+        actor = EVORActor(policy, returns, num_candidates=3)
+        data = actor(TensorDict(agent=TensorDict(state=torch.zeros(2, 3, 2))))
+        assert data["agent", "move"].shape == (2, 3, 2)
+        assert data["agent", "value"].shape == (2, 3, 1)
+
+    def test_two_observations(self):
+        """The policy may see something else than the reward-to-go."""
+        policy = FlowMatchingPolicy(nn.Linear(4 + 2 + 1, 2), 2, in_keys=["pixels"])
+        actor = EVORActor(policy, ReturnFlow(ActionIsReturn()))
+        assert actor.in_keys == ["pixels", "observation"]
+        data = observations(3).set("pixels", torch.zeros(3, 4))
+        assert actor(data)["action"].shape == (3, 2)
+
+
+class TestShapes:
+    @pytest.mark.parametrize("batch", [(), (0,), (1,), (5,), (2, 3)])
+    def test_any_batch(self, batch):
+        data = make_actor()(observations(*batch))
+        assert data["action"].shape == (*batch, 2)
+        assert data["state_action_value"].shape == (*batch, 1)
+
+    def test_no_batch_size(self):
+        data = make_actor()(TensorDict(observation=torch.randn(4, 5, 2)))
+        assert data["action"].shape == (4, 5, 2)
+
+    def test_float64(self):
+        data = make_actor().double()(observations(4).double())
+        assert data["action"].dtype == data["state_action_value"].dtype == torch.float64
+
+    def test_dispatch(self):
+        action, value = make_actor()(observation=torch.zeros(4, 2))
+        assert action.shape == (4, 2) and value.shape == (4, 1)
+
+    def test_no_gradient(self):
+        data = observations(4)
+        data["observation"].requires_grad_()
+        assert not make_actor()(data)["action"].requires_grad
+
+    def test_missing_observation(self):
+        with pytest.raises(KeyError, match="observation"):
+            make_actor()(TensorDict(state=torch.zeros(4, 2), batch_size=[4]))
+
+
+class TestInTorchRL:
+    def test_the_toy_environment(self):
+        check_env_specs(PointEnv())
+
+    @pytest.mark.parametrize("number", [None, 3])
+    def test_rollout(self, number):
+        env = PointEnv() if number is None else SerialEnv(number, PointEnv)
+        actor = make_actor()
+        data = env.rollout(5, actor)
+        assert data["action"].shape == (*env.batch_size, 5, 2)
+        assert "state_action_value" in data.keys() and "candidates" not in data.keys()
+
+    @pytest.mark.parametrize("mode", [ExplorationType.RANDOM, ExplorationType.DETERMINISTIC])
+    def test_collector(self, mode):
+        """The collector's own mode decides between the best and a soft choice."""
+        collector = Collector(
+            lambda: PointEnv((64,)),
+            listed([0.0, 0.5, 1.0], tau_q=100.0),
+            frames_per_batch=64,
+            total_frames=64,
+            exploration_type=mode,
+        )
+        try:
+            data = next(iter(collector))
+        finally:
+            collector.shutdown()
+        greedy = bool((data["action"] == 1.0).all())
+        assert greedy == (mode == ExplorationType.DETERMINISTIC)
+
+    @pytest.mark.parametrize("tau_q", [0.0, 1.0])
+    def test_compiles(self, tau_q):
+        actor = make_actor(tau_q=tau_q, return_candidates=True)
+        compiled = torch.compile(actor, fullgraph=True, backend="aot_eager")
+        data = observations(4)
+        torch.manual_seed(1)
+        expected = actor(data.clone())
+        torch.manual_seed(1)
+        with set_exploration_type(ExplorationType.RANDOM):
+            result = compiled(data.clone())
+        for key in actor.out_keys:
+            torch.testing.assert_close(result[key], expected[key])
+
+    @pytest.mark.slow
+    def test_compiled_candidates_are_fresh(self):
+        compiled = torch.compile(make_actor(), fullgraph=True)
+        data = TensorDict(observation=torch.zeros(4, 2), batch_size=[4])
+        actions = torch.cat([compiled(data.clone())["action"] for _ in range(3)])
+        assert len(actions.unique(dim=0)) == 12
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "kwargs,message",
+        [
+            ({"num_candidates": 0}, "num_candidates must be an integer of at least 1, got 0"),
+            ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
+            ({"tau_r": -1.0}, "tau_r must be a temperature"),
+            ({"tau_q": -0.1}, "tau_q must be a temperature"),
+            ({"nodes": "sobol"}, "nodes must be one of .*stratified.*, got 'sobol'"),
+            ({"backend": "cuda"}, "backend must be one of .*triton.*, got 'cuda'"),
+        ],
+    )
+    def test_options(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            make_actor(**kwargs)
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])
