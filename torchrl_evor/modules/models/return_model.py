@@ -121,4 +121,4 @@ class ReturnModel(TensorDictModuleBase):
 
 def _lead(buffer: Tensor, like: Tensor) -> Tensor:
     """``buffer`` ``[*M]`` as ``[*M, 1, ..., 1]``, aligned with the leading axes of ``like``."""
-    return buffer.reshape(*buffer.shape, *(1,) * (like.ndim - buffer.ndim))
+    return buffer.reshape((*buffer.shape, *(1,) * (like.ndim - buffer.ndim)))
