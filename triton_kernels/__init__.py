@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 from .ops import (
+    PackedVelocity,
     evor_select,
     pack_velocity_mlp,
-    PackedVelocity,
     sample_returns,
     why_no_triton,
     why_not_packable,

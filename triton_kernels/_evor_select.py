@@ -4,13 +4,13 @@
 # LICENSE file in the root directory of this source tree.
 """Triton kernels of reward-to-go sampling and soft selection.
 
-Layered design: per Euler step one elementwise launch (`_first_kernel`: z update and first layer) and one matrix
-product per further hidden layer (`_hidden_kernel`), with LayerNorm folded into the weights so that only two sums per
-row cross a layer. Loop design (`_loop_kernel`): all steps of a tile of rows in one launch. Both end in
-`_select_kernel`.
+Layered design: per Euler step one elementwise launch (`_first_kernel`: z update and first layer)
+and one matrix product per further hidden layer (`_hidden_kernel`), with LayerNorm folded into the
+weights so that only two sums per row cross a layer. Loop design (`_loop_kernel`): all steps of a
+tile of rows in one launch. Both end in `_select_kernel`.
 
-Limitations: forward only; row indices are 32-bit; padded width at most 1024; the loop design wants equal hidden
-widths and a power of two after padding.
+Limitations: forward only; row indices are 32-bit; padded width at most 1024; the loop design wants
+equal hidden widths and a power of two after padding.
 """
 
 from __future__ import annotations
@@ -389,7 +389,7 @@ def _node_average(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Value of each candidate from its nodes, by an online log-sum-exp; NaN if one of its nodes is."""
+    """Value of each candidate, by an online log-sum-exp over its nodes; NaN if one of them is."""
     top = tl.full([BLOCK_P], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_P], tl.float32)
     broken = tl.zeros([BLOCK_P], tl.int32)

@@ -50,7 +50,8 @@ def folded_sample(
     """End points of the flow.
 
     Args:
-        folded (FoldedVelocity): from :func:`fold`; the dtype of its ``weights`` is that of the operands.
+        folded (FoldedVelocity): from :func:`fold`; the dtype of its ``weights`` is that of the
+            operands.
         activation (str): name of the activation.
         eps (float): epsilon of the LayerNorms, negative where there are none.
         observation (Tensor): ``[S, obs]``.

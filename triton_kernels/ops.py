@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ._torch_path import folded_sample
 from .packing import (
-    fold,
     FrozenVelocity,
-    pack_velocity_mlp,
     PackedVelocity,
+    fold,
+    pack_velocity_mlp,
     why_not_packable,
 )
 from .reference import choose_candidate, q_star

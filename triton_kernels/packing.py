@@ -4,8 +4,9 @@
 # LICENSE file in the root directory of this source tree.
 """Recognises velocity MLPs and folds their LayerNorms into the following linear maps.
 
-Folding is redone at every call, inside the graph under :func:`torch.compile`. Version counters would not do as a key
-of a cache: a write through ``Tensor.data``, which is how target networks are usually updated, leaves them unchanged.
+Folding is redone at every call, inside the graph under :func:`torch.compile`. Version counters
+would not do as a key of a cache: a write through ``Tensor.data``, which is how target networks are
+usually updated, leaves them unchanged.
 :meth:`PackedVelocity.freeze` is there for a caller who knows that the weights stay as they are.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "Activation",
@@ -31,8 +32,9 @@ Activation = Literal["gelu_tanh", "gelu", "relu", "silu"]
 class FoldedVelocity(NamedTuple):
     """Weights of a velocity MLP with its LayerNorms folded into the linear maps that follow them.
 
-    With ``g`` the activations of a layer, ``mu`` and ``rstd`` their statistics, the next pre-activation is
-    ``rstd * (g @ weight.T - mu * row_sum) + bias``; without LayerNorm ``g @ weight.T + bias``.
+    With ``g`` the activations of a layer, ``mu`` and ``rstd`` their statistics, the next
+    pre-activation is ``rstd * (g @ weight.T - mu * row_sum) + bias``; without LayerNorm ``g @
+    weight.T + bias``.
     """
 
     first_weight: Tensor  # [H, obs + act], the columns of observation and action
@@ -53,8 +55,8 @@ def _activation_name(module: nn.Module) -> str | None:
 class PackedVelocity:
     """A live view of a velocity MLP: linear maps, activation and LayerNorms, read at each call.
 
-    Built by :func:`pack_velocity_mlp`. The view holds modules, not tensors, so parameters swapped by
-    ``TensorDictParams.to_module``, an optimiser step or ``load_state_dict`` are all seen.
+    Built by :func:`pack_velocity_mlp`. The view holds modules, not tensors, so parameters swapped
+    by ``TensorDictParams.to_module``, an optimiser step or ``load_state_dict`` are all seen.
 
     Attributes:
         observation_dim (int): size of the observation.
@@ -118,7 +120,7 @@ def _sequence(network: nn.Module) -> nn.Sequential | None:
 
 
 def _split_layers(layers: list[nn.Module]) -> tuple[list, list, list] | str:
-    """Linear maps, activations and LayerNorms in order, or the reason why the order is another one."""
+    """Linear maps, activations and LayerNorms in order, or the reason why there is none."""
     linears, activations, norms = [], [], []
     position = 0
     while position < len(layers) - 1:
@@ -190,8 +192,9 @@ def pack_velocity_mlp(network: nn.Module, observation_dim: int, action_dim: int)
 
     Args:
         network (nn.Module): an ``nn.Sequential``, or a module that has one as ``net``, of
-            ``Linear, activation[, LayerNorm]`` at least twice and a last ``Linear`` to one feature, which reads
-            ``concat(observation, action, z, t)``. Activations: ``nn.GELU`` (both forms), ``nn.ReLU``, ``nn.SiLU``.
+            ``Linear, activation[, LayerNorm]`` at least twice and a last ``Linear`` to one feature,
+            which reads ``concat(observation, action, z, t)``. Activations: ``nn.GELU`` (both
+            forms), ``nn.ReLU``, ``nn.SiLU``.
         observation_dim (int): size of the observation.
         action_dim (int): size of one candidate.
 
@@ -203,7 +206,8 @@ def pack_velocity_mlp(network: nn.Module, observation_dim: int, action_dim: int)
 
     Examples:
         >>> from torch import nn
-        >>> net = nn.Sequential(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> net = nn.Sequential(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8,
+        1))
         >>> pack_velocity_mlp(net, observation_dim=3, action_dim=2).widths
         (8, 8)
     """
@@ -215,7 +219,7 @@ def pack_velocity_mlp(network: nn.Module, observation_dim: int, action_dim: int)
 
 
 def split_tensors(tensors: list[Tensor | None], layer_norm: bool):
-    """Pairs ``(weight, bias)`` of the linear maps and of the LayerNorms, from :meth:`PackedVelocity.tensors`."""
+    """Pairs ``(weight, bias)`` of the linear maps, then of the LayerNorms."""
     pairs = list(zip(tensors[::2], tensors[1::2]))
     num_linear = (len(pairs) + 1) // 2 if layer_norm else len(pairs)
     return pairs[:num_linear], pairs[num_linear:]
@@ -227,8 +231,8 @@ def fold(tensors: list[Tensor | None], layer_norm: bool, dtype: torch.dtype | No
     Args:
         tensors (list): from :meth:`PackedVelocity.tensors`.
         layer_norm (bool): whether LayerNorms follow the linear maps in ``tensors``.
-        dtype (torch.dtype, optional): dtype of the ``weights`` in the result; row sums are those of the rounded
-            weights, so that the mean cancels exactly.
+        dtype (torch.dtype, optional): dtype of the ``weights`` in the result; row sums are those of
+            the rounded weights, so that the mean cancels exactly.
 
     Returns:
         FoldedVelocity: tensors without gradient history if called under ``no_grad``.

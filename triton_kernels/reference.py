@@ -4,8 +4,8 @@
 # LICENSE file in the root directory of this source tree.
 """Plain PyTorch specification of reward-to-go sampling and soft selection.
 
-Slow and obvious on purpose: the faster paths of this package are tested against this file. Every function works in
-any floating dtype, on any device, and is differentiable.
+Slow and obvious on purpose: the faster paths of this package are tested against this file. Every
+function works in any floating dtype, on any device, and is differentiable.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ def sample_returns_reference(
     noise: Tensor,
     num_steps: int,
 ) -> Tensor:
-    """Integrates the reward-to-go flow from its noise, by Euler on left end points ``k / num_steps``.
+    """Integrates the reward-to-go flow from its noise by Euler, left end points ``k / num_steps``.
 
     Args:
-        velocity (callable): maps ``concat(observation, action, z, t)``, ``[..., obs + act + 2]``, to ``[..., 1]``.
+        velocity (callable): maps ``concat(observation, action, z, t)``, ``[..., obs + act + 2]``,
+            to ``[..., 1]``.
         observation (Tensor): ``[*B, obs]``.
         action (Tensor): candidates, ``[*B, P, act]``.
         noise (Tensor): start of the flow, broadcastable to ``[*B, P, N]``.
@@ -51,14 +52,16 @@ def sample_returns_reference(
 
 
 def q_star(returns: Tensor, tau_r: float, log_weights: Tensor | None = None) -> Tensor:
-    r"""Optimal value :math:`\tau_R \log \sum_j w_j \exp(z_j / \tau_R)` of weighted nodes (arXiv 2502.20548, Th. 2.2).
+    r"""Optimal value :math:`\tau_R \log \sum_j w_j \exp(z_j / \tau_R)` of weighted nodes.
 
-    ``tau_r = 0`` is the maximum over the nodes of positive weight, ``tau_r = inf`` the weighted sum (the mean).
+    The value of arXiv 2502.20548, Theorem 2.2, under deterministic transitions. ``tau_r = 0`` is
+    the maximum over the nodes of positive weight, ``tau_r = inf`` the weighted sum (the mean).
 
     Args:
         returns (Tensor): ``[*B, N]``, in reward units.
         tau_r (float): temperature in reward units, in ``[0, inf]``.
-        log_weights (Tensor, optional): ``[N]``, logarithms of weights that sum to one. Defaults to ``-log(N)``.
+        log_weights (Tensor, optional): ``[N]``, logarithms of weights that sum to one. Defaults to
+            ``-log(N)``.
 
     Returns:
         Tensor: ``[*B]``.
@@ -78,14 +81,16 @@ def q_star(returns: Tensor, tau_r: float, log_weights: Tensor | None = None) -> 
 
 
 def choose_candidate(q: Tensor, gumbel: Tensor | None, tau_q: float) -> Tensor:
-    r"""Index of one candidate: the largest :math:`Q`, or a draw from :math:`\mathrm{softmax}(Q/\tau_Q)`.
+    r"""Index of one candidate: the largest value, or a draw from the softmax of the values.
 
-    The draw is Gumbel-max: ``argmax(q / tau_q + gumbel)``. The lowest index wins a tie. A candidate whose value is
-    NaN never wins against one that has a value.
+    The draw from :math:`\mathrm{softmax}(Q/\tau_Q)` is Gumbel-max: ``argmax(q / tau_q + gumbel)``.
+    The lowest index wins a tie. A candidate whose value is NaN never wins against one that has a
+    value.
 
     Args:
         q (Tensor): ``[*B, P]``.
-        gumbel (Tensor, optional): standard Gumbel noise, ``[*B, P]``. Not read when ``tau_q`` is zero.
+        gumbel (Tensor, optional): standard Gumbel noise, ``[*B, P]``. Not read when ``tau_q`` is
+            zero.
         tau_q (float): temperature in reward units, in ``[0, inf)``.
 
     Returns:
@@ -132,7 +137,8 @@ def evor_select_reference(
         log_weights (Tensor, optional): ``[N]``.
 
     Returns:
-        tuple of Tensor: the chosen action ``[*B, act]``, its value ``[*B]``, all values ``[*B, P]`` and all returns
+        tuple of Tensor: the chosen action ``[*B, act]``, its value ``[*B]``, all values ``[*B, P]``
+            and all returns
         ``[*B, P, N]``, the last three in reward units.
     """
     z = sample_returns_reference(velocity, observation, action, noise, num_steps)

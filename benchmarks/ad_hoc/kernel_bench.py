@@ -2,11 +2,12 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Measures the fused path on a CUDA device: parity tests first, then every variant, a short table last.
+"""Measures the fused path on a CUDA device: parity tests, then every variant, a short table last.
 
     python benchmarks/ad_hoc/kernel_bench.py --out results
 
-Needs torch, triton and pytest only. One failing variant is recorded with its error and does not stop the rest.
+Needs torch, triton and pytest only. One failing variant is recorded with its error and does not
+stop the rest.
 """
 
 from __future__ import annotations
@@ -386,10 +387,18 @@ def kernels(table: Table, problems, precisions) -> None:
                 make = functools.partial(kernel, problem, precision, config)
                 for mode, frozen in (("frozen", True), ("live", False)):
                     table.measure(
-                        problem, name, precision, f"best {design} {mode}", lambda: make(frozen)
+                        problem,
+                        name,
+                        precision,
+                        f"best {design} {mode}",
+                        functools.partial(make, frozen),
                     )
                 table.measure(
-                    problem, name, precision, f"best {design} live graph", lambda: graphed(make(False))
+                    problem,
+                    name,
+                    precision,
+                    f"best {design} live graph",
+                    lambda m=make: graphed(m(False)),
                 )
                 if design == "layer" and name == "S3":
                     for rows in (8448, 16896, 33792, 50688, 102400):
@@ -399,7 +408,7 @@ def kernels(table: Table, problems, precisions) -> None:
                             name,
                             precision,
                             f"{label(part)} rows<={rows} graph",
-                            lambda c=part: graphed(kernel(problem, precision, c, True)),
+                            lambda m=make, c=part: graphed(kernel(*m.args[:2], c, True)),
                             seconds=0.1,
                         )
 
@@ -425,13 +434,17 @@ def sweeps(table: Table) -> None:
 
 def summary(table: Table) -> None:
     print("\n" + json.dumps(table.info))
-    print("scenario prec  variant                          ms    p10    p90  lat   TF/s roof  error")
+    print(
+        "scenario prec  variant                          ms    p10    p90  lat   TF/s roof  error"
+    )
     groups: dict = {}
     for row in table.rows:
         groups.setdefault((row["scenario"], row["precision"]), []).append(row)
     for (name, precision), rows in groups.items():
         good = [row for row in rows if "ms" in row]
-        named = [r for r in good if r["variant"].split()[0] in ("eager", "folded", "compiled", "best")]
+        named = [
+            r for r in good if r["variant"].split()[0] in ("eager", "folded", "compiled", "best")
+        ]
         for design in ("layer", "loop"):
             kind = [r for r in good if r["variant"].startswith(design + " ")]
             named += sorted(kind, key=lambda r: r["ms"])[:4]
@@ -439,7 +452,8 @@ def summary(table: Table) -> None:
             roof = f"{100 * r['roof']:4.1f}" if r.get("roof") else "   -"
             print(
                 f"{name:8} {precision:5} {r['variant']:32} {r['ms']:7.4f} {r['ms_p10']:6.3f}"
-                f" {r['ms_p90']:6.3f} {r['latency_ms']:6.3f} {r['tflops']:5.0f} {roof} {r['error']:.1e}"
+                f" {r['ms_p90']:6.3f} {r['latency_ms']:6.3f} {r['tflops']:5.0f} {roof}"
+                f" {r['error']:.1e}"
             )
     failed = [row for row in table.rows if "failed" in row]
     print(f"{len(failed)} failed; {table.elapsed():.0f} s")
@@ -452,8 +466,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--budget", type=float, default=330.0, help="seconds")
     parser.add_argument("--precisions", nargs="+", default=["fp16", "fp32", "tf32"])
-    parser.add_argument("--sections", nargs="+",
-                        default=["tests", "baselines", "kernels", "compiled", "sweeps"])
+    parser.add_argument(
+        "--sections", nargs="+", default=["tests", "baselines", "kernels", "compiled", "sweeps"]
+    )
     parser.add_argument("--force", action="store_true", help="measure even if a test fails")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

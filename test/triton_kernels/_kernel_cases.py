@@ -107,5 +107,7 @@ def assert_matches(got, case, precision):
     score = q / tau_q + case.gumbel if tau_q > 0 else q
     index = score.argmax(-1, keepdim=True)
     torch.testing.assert_close(value, q.gather(-1, index).squeeze(-1), rtol=0, atol=0)
-    want_action = case.action.gather(-2, index[..., None].expand(*index.shape, case.action.shape[-1]))
+    want_action = case.action.gather(
+        -2, index[..., None].expand(*index.shape, case.action.shape[-1])
+    )
     torch.testing.assert_close(chosen, want_action.squeeze(-2), rtol=0, atol=0)

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from _kernel_cases import assert_matches, Case, relative_error
+from _kernel_cases import Case, assert_matches, relative_error
 from torchrl_evor.triton_kernels import _config, _launch, evor_select, ops, sample_returns
 
 LAYERED = {

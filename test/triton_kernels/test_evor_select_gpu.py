@@ -10,8 +10,7 @@ import importlib.util
 
 import pytest
 import torch
-
-from _kernel_cases import assert_matches, Case, relative_error, TOLERANCE
+from _kernel_cases import TOLERANCE, Case, assert_matches, relative_error
 from torchrl_evor.triton_kernels import evor_select, sample_returns
 
 _has_triton = importlib.util.find_spec("triton") is not None

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Runs ``interpreted.py`` with Triton's interpreter, which must be switched on before the import."""
+"""Runs ``interpreted.py`` with Triton's interpreter, which is switched on before the import."""
 
 from __future__ import annotations
 
