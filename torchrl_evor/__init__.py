@@ -23,6 +23,7 @@ from torchrl_evor.modules import (
     VelocityMLP,
 )
 from torchrl_evor.objectives import CriticLoss, EVORLoss, QCLoss
+from torchrl_evor.trainers import EVORTrainer
 
 __all__ = [
     "CategoricalCritic",
@@ -30,6 +31,7 @@ __all__ = [
     "CriticLoss",
     "EVORActor",
     "EVORLoss",
+    "EVORTrainer",
     "FlowMatchingModel",
     "FlowMatchingPolicy",
     "HLGaussCritic",

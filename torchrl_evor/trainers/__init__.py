@@ -3,3 +3,8 @@
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
+
+from torchrl_evor.trainers.algorithms import EVORTrainer
+from torchrl_evor.trainers.offline_source import OfflineSource
+
+__all__ = ["EVORTrainer", "OfflineSource"]

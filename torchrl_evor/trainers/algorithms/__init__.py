@@ -3,3 +3,7 @@
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
+
+from torchrl_evor.trainers.algorithms.evor import EVORTrainer
+
+__all__ = ["EVORTrainer"]
