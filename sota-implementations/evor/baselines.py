@@ -1,0 +1,248 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Every method of the comparison as a loss and an actor of the same sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.modules import IndependentNormal, ProbabilisticActor
+from torchrl.objectives import IQLLoss
+from torchrl.objectives.common import LossModule
+
+from torchrl_evor import (
+    CategoricalCritic,
+    Critic,
+    CriticLoss,
+    EVORActor,
+    EVORLoss,
+    FlowMatchingPolicy,
+    HLGaussCritic,
+    QCLoss,
+    QuantileCritic,
+    ReturnFlow,
+    ScalarCritic,
+    StackedVelocityMLP,
+    VelocityMLP,
+)
+from torchrl_evor.objectives.common import FlowPolicyLoss
+
+METHODS = ("evor", "bc", "qc", "scalar", "hl_gauss", "categorical", "quantile", "iql")
+
+
+@dataclass
+class Sizes:
+    """What all methods share. Returns are ``loc + scale * z``; supports are in z units."""
+
+    observation_dim: int
+    action_dim: int
+    hidden_sizes: Sequence[int] = (256, 256, 256)
+    num_steps: int = 10
+    layer_norm: bool = True
+    loc: float = 0.0
+    scale: float = 1.0
+    support: tuple[float, float] = (-5.0, 5.0)
+    num_atoms: int = 51
+
+    @property
+    def inputs(self) -> int:
+        """Size of an observation and an action together."""
+        return self.observation_dim + self.action_dim
+
+    def policy(self) -> FlowMatchingPolicy:
+        """Base policy, without LayerNorm."""
+        network = VelocityMLP(self.inputs + 1, self.action_dim, hidden_sizes=self.hidden_sizes)
+        return FlowMatchingPolicy(network, self.action_dim, self.num_steps)
+
+    def value(self, in_features: int, out_features: int = 1) -> VelocityMLP:
+        """Network of a value or of a law's parameters."""
+        return VelocityMLP(
+            in_features, out_features, hidden_sizes=self.hidden_sizes, layer_norm=self.layer_norm
+        )
+
+    def returns(self) -> ReturnFlow:
+        """Reward-to-go flow."""
+        network = self.value(self.inputs + 2)
+        return ReturnFlow(network, self.num_steps, loc=self.loc, scale=self.scale)
+
+    def critic(self, kind: str) -> Critic:
+        """Single critic of policy evaluation."""
+        units = {"loc": self.loc, "scale": self.scale}
+        if kind == "scalar":
+            return ScalarCritic(self.value(self.inputs), **units)
+        network = self.value(self.inputs, self.num_atoms)
+        if kind == "quantile":
+            return QuantileCritic(network, num_quantiles=self.num_atoms, **units)
+        cls = {"hl_gauss": HLGaussCritic, "categorical": CategoricalCritic}[kind]
+        low, high = self.support
+        return cls(network, low=low, high=high, num_atoms=self.num_atoms, **units)
+
+    def ensemble(self, num_critics: int) -> ScalarCritic:
+        """Q-chunking's scalar critics."""
+        stack = StackedVelocityMLP(
+            num_critics, self.inputs, hidden_sizes=self.hidden_sizes, layer_norm=self.layer_norm
+        )
+        return ScalarCritic(stack, num_critics=num_critics, loc=self.loc, scale=self.scale)
+
+
+def make_baseline(
+    method: str,
+    sizes: Sizes,
+    *,
+    td_target: str = "bellman",
+    next_action: str = "dataset",
+    actor: Mapping | None = None,
+    num_critics: int = 2,
+    num_candidates: int = 32,
+    expectile: float = 0.9,
+    temperature: float = 10.0,
+) -> tuple[LossModule, TensorDictModuleBase]:
+    """Builds a method; its loss keys start with ``"loss"`` and are to be summed.
+
+    Args:
+        method (str): ``"evor"``, ``"bc"``, ``"qc"``, ``"scalar"``, ``"hl_gauss"``,
+            ``"categorical"``, ``"quantile"`` or ``"iql"``.
+        sizes (Sizes): sizes and units. For chunks of h actions, ``action_dim`` is that of a chunk.
+
+    Keyword Args:
+        td_target (str, optional): of EVOR.
+        next_action (str, optional): of EVOR and of the critics of the same problem.
+        actor (mapping, optional): options of :class:`EVORActor`.
+        num_critics (int, optional): ensemble of Q-chunking.
+        num_candidates (int, optional): candidates at Q-chunking's next states.
+        expectile (float, optional): of IQL.
+        temperature (float, optional): inverse temperature of IQL's weights, per unit of reward.
+
+    Returns:
+        tuple: the loss, and the actor over the networks that it trains.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
+    if method == "iql":
+        return make_iql(sizes, expectile, temperature)
+    policy = sizes.policy()
+    if method == "bc":
+        return FlowBCLoss(policy), policy
+    if method == "evor":
+        returns = sizes.returns()
+        loss = EVORLoss(policy, returns, td_target=td_target, next_action=next_action)
+    elif method == "qc":
+        returns = sizes.ensemble(num_critics)
+        loss = QCLoss(policy, returns, num_candidates=num_candidates)
+    else:
+        returns = sizes.critic(method)
+        loss = CriticLoss(policy, returns, next_action=next_action)
+    return loss, EVORActor(policy, returns, **(actor or {}))
+
+
+class FlowBCLoss(FlowPolicyLoss):
+    """Behaviour cloning by flow matching alone: EVOR with one candidate, without its value.
+
+    Args:
+        actor_network (FlowMatchingPolicy): the policy.
+        **kwargs: ``reduction`` and ``use_prioritized_weights`` of :class:`FlowPolicyLoss`.
+    """
+
+    out_keys = ["loss_actor"]
+
+    def __init__(self, actor_network: FlowMatchingPolicy, **kwargs) -> None:
+        super().__init__(actor_network, next_action="none", **kwargs)
+
+    @property
+    def in_keys(self) -> list:
+        """Observation and action."""
+        return [self._actor_observation, self.tensor_keys.action]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """Computes ``"loss_actor"``."""
+        return TensorDict(loss_actor=self.actor_loss(tensordict)[0])
+
+
+class NStepIQLLoss(IQLLoss):
+    """TorchRL's implicit Q-learning, which drops ``"steps_to_next_obs"``, on n-step batches.
+
+    Its Q loss selects the entries below ``"next"`` from its input, so that is where the
+    numbers of steps have to be.
+    """
+
+    def make_value_estimator(self, value_type=None, **hyperparams):
+        """Builds the estimator that holds the discount; see :class:`IQLLoss`."""
+        super().make_value_estimator(value_type, **hyperparams)
+        self._value_estimator.set_keys(steps_to_next_obs=("next", "steps_to_next_obs"))
+        return self
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Computes the three losses; see :class:`IQLLoss`."""
+        steps = tensordict.get("steps_to_next_obs", None)
+        if steps is not None:
+            tensordict.set(("next", "steps_to_next_obs"), steps)
+        return super().forward(tensordict)
+
+
+class GaussianPolicy(nn.Module):
+    """Mean in the action bounds, and a fixed spread of 1, of a Gaussian policy."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation ``[*B, act]``."""
+        mean = self.network(observation).tanh()
+        return mean, torch.ones_like(mean)
+
+
+class ValueNetwork(nn.Module):
+    """Value in reward units of a network in z units."""
+
+    def __init__(self, network: nn.Module, loc: float, scale: float) -> None:
+        super().__init__()
+        self.network, self.loc, self.scale = network, loc, scale
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Value ``[*B, 1]``."""
+        return self.loc + self.scale * self.network(*inputs)
+
+
+def make_iql(
+    sizes: Sizes, expectile: float, temperature: float
+) -> tuple[NStepIQLLoss, TensorDictModule]:
+    """Implicit Q-learning by TorchRL's own loss; the actor takes the policy's mean."""
+    if not 0 < expectile < 1:
+        raise ValueError(f"expectile must lie between 0 and 1, got {expectile}.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}.")
+    network = VelocityMLP(sizes.observation_dim, sizes.action_dim, hidden_sizes=sizes.hidden_sizes)
+    parameters = TensorDictModule(
+        GaussianPolicy(network), in_keys=["observation"], out_keys=["action", "scale"]
+    )
+    policy = ProbabilisticActor(
+        TensorDictModule(parameters.module, in_keys=["observation"], out_keys=["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=IndependentNormal,
+    )
+    qvalues = [
+        TensorDictModule(
+            ValueNetwork(sizes.value(sizes.inputs), sizes.loc, sizes.scale),
+            in_keys=["observation", "action"],
+            out_keys=["state_action_value"],
+        )
+        for _ in range(2)
+    ]
+    value = TensorDictModule(
+        ValueNetwork(sizes.value(sizes.observation_dim), sizes.loc, sizes.scale),
+        in_keys=["observation"],
+        out_keys=["state_value"],
+    )
+    loss = NStepIQLLoss(
+        policy, qvalues, value, loss_function="l2", temperature=temperature, expectile=expectile
+    )
+    return loss.make_value_estimator(), parameters.select_out_keys("action")

@@ -1,0 +1,164 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Baselines of the comparison, on the data, networks and evaluation of EVOR."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import baselines
+import hydra
+import results_io
+import torch
+import utils
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from tensordict import TensorDictBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.objectives import SoftUpdate
+from tqdm import tqdm
+
+from torchrl_evor import OGBenchEnv, OGBenchExperienceReplay
+from torchrl_evor.envs import rollout_episodes
+
+
+def make_data(cfg: DictConfig) -> OGBenchExperienceReplay:
+    """The offline replay buffer of :func:`utils.make_data`, in chunks."""
+    return OGBenchExperienceReplay(
+        utils.env_name(cfg),
+        batch_size=cfg.data.batch_size,
+        n_step=cfg.data.n_step,
+        chunk_size=cfg.chunk_size,
+        gamma=cfg.loss.gamma,
+        source=cfg.data.source,
+        root=cfg.data.root,
+        directory=cfg.data.directory,
+        num_transitions=cfg.data.num_transitions if cfg.data.source == "local" else None,
+    )
+
+
+def make_sizes(cfg: DictConfig, data: OGBenchExperienceReplay) -> baselines.Sizes:
+    """Sizes and units, from a row of the data and its empirical returns."""
+    row = data[:1]
+    loc, scale = data.return_statistics(cfg.loss.gamma)
+    z = (data.empirical_returns(cfg.loss.gamma) - loc) / scale
+    return baselines.Sizes(
+        row["observation"].shape[-1],
+        row["action"].shape[-1],
+        hidden_sizes=cfg.value.hidden_sizes,
+        num_steps=cfg.policy.num_steps,
+        layer_norm=cfg.value.layer_norm,
+        loc=loc,
+        scale=scale,
+        # Room beyond the data, because bootstrapped targets overshoot on the way.
+        support=(z.min().item() - 0.5, z.max().item() + 0.5),
+        num_atoms=cfg.baseline.num_atoms,
+    )
+
+
+def make_agent(cfg: DictConfig, sizes: baselines.Sizes, device: torch.device):
+    """Loss, actor, optimiser and the Polyak average of the target network, if there is one."""
+    options = {name: cfg.baseline[name] for name in cfg.baseline if name != "num_atoms"}
+    loss, actor = baselines.make_baseline(
+        cfg.method,
+        sizes,
+        td_target=cfg.loss.td_target,
+        next_action=cfg.loss.next_action,
+        actor=cfg.actor,
+        **options,
+    )
+    loss.make_value_estimator(gamma=cfg.loss.gamma)
+    loss, actor = loss.to(device), actor.to(device)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.optim.lr, fused=True)
+    updater = None if cfg.method == "bc" else SoftUpdate(loss, tau=cfg.loss.tau)
+    return loss, actor, optimizer, updater
+
+
+def train(cfg: DictConfig, data, loss, optimizer, updater, device: torch.device) -> float:
+    """All updates; returns the seconds that they took."""
+    compute_loss = torch.compile(loss) if cfg.compile else loss
+    start = time.perf_counter()
+    with tqdm(total=cfg.optim.num_updates, unit="update") as bar:
+        for step in range(1, cfg.optim.num_updates + 1):
+            losses = compute_loss(data.sample().to(device))
+            optimizer.zero_grad()
+            sum(value for name, value in losses.items() if name.startswith("loss")).backward()
+            optimizer.step()
+            if updater is not None:
+                updater.step()
+            bar.update()
+            if step % cfg.logger.interval == 0:
+                bar.set_postfix({name: f"{value.item():.3g}" for name, value in losses.items()})
+    return time.perf_counter() - start
+
+
+def evaluate(cfg: DictConfig, actor, device: torch.device) -> TensorDictBase:
+    """Whole episodes; chunks are executed open loop."""
+    torch.manual_seed(cfg.eval.seed)
+    with set_exploration_type(ExplorationType.RANDOM):
+        return rollout_episodes(
+            lambda: OGBenchEnv(utils.env_name(cfg)),
+            actor,
+            cfg.eval.final_episodes,
+            seed=cfg.eval.seed,
+            num_envs=cfg.eval.num_envs,
+            chunk_size=cfg.chunk_size,
+            device=device,
+            progress=True,
+        )
+
+
+def make_row(cfg: DictConfig, actor, episodes: TensorDictBase, seconds: float, device) -> dict:
+    """Row of results; QC and everything in chunks carry their length in the method's name."""
+    named = cfg.method == "qc" or cfg.chunk_size > 1
+    row = {
+        "env": cfg.env.name,
+        "task": cfg.env.task,
+        "method": f"{cfg.method}-{cfg.chunk_size}" if named else cfg.method,
+        "seed": cfg.seed,
+        "protocol": cfg.protocol,
+        "num_updates": cfg.optim.num_updates,
+        "num_transitions": cfg.data.num_transitions,
+        "n_step": cfg.data.n_step,
+        "hidden": "x".join(map(str, cfg.value.hidden_sizes)),
+        "batch_size": cfg.data.batch_size,
+        "device": utils.device_name(device),
+        "train_seconds": seconds,
+        "peak_memory_mb": utils.peak_memory_mb(device),
+        "parameters": sum(parameter.numel() for parameter in actor.parameters()),
+        "command": " ".join(["python", *sys.argv]),
+        **utils.episode_columns(episodes),
+    }
+    if hasattr(actor, "num_candidates"):
+        row.update({name: cfg.actor[name] for name in ("num_candidates", "num_samples", "tau_r")})
+    return row
+
+
+@hydra.main(config_path=".", config_name="baselines", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    utils.check_config(cfg)
+    output = Path(HydraConfig.get().runtime.output_dir)
+    device = utils.choose_device(cfg.device)
+    torch.manual_seed(cfg.seed)
+    data = make_data(cfg)
+    loss, actor, optimizer, updater = make_agent(cfg, make_sizes(cfg, data), device)
+    seconds = train(cfg, data, loss, optimizer, updater, device)
+    partial = output / "loss.pt.part"
+    torch.save(loss.state_dict(), partial)
+    partial.replace(output / "loss.pt")
+    row = make_row(cfg, actor, evaluate(cfg, actor, device), seconds, device)
+    tqdm.write(
+        f"{row['method']}: success {row['success']:.2f}, return {row['return_mean']:.1f} over "
+        f"{row['episodes']} episodes; parameters of the loss in {output / 'loss.pt'}"
+    )
+    if cfg.results_dir is not None:
+        path = Path(cfg.results_dir) / cfg.env.name / f"{row['method']}.csv"
+        results_io.append_row(path, row)
+
+
+if __name__ == "__main__":
+    main()
