@@ -4,7 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-from torchrl_evor.trainers.algorithms import EVORTrainer
+from torchrl_evor.trainers.algorithms import EVORTrainer, LossSumStepper
 from torchrl_evor.trainers.offline_source import OfflineSource
 
-__all__ = ["EVORTrainer", "OfflineSource"]
+__all__ = ["EVORTrainer", "LossSumStepper", "OfflineSource"]

@@ -4,6 +4,6 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-from torchrl_evor.trainers.algorithms.evor import EVORTrainer
+from torchrl_evor.trainers.algorithms.evor import EVORTrainer, LossSumStepper
 
-__all__ = ["EVORTrainer"]
+__all__ = ["EVORTrainer", "LossSumStepper"]

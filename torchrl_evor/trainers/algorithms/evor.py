@@ -20,20 +20,25 @@ from torchrl.trainers import OptimizationStepper, TargetNetUpdaterHook, Trainer
 from torchrl_evor.modules.functional import check_positive
 from torchrl_evor.trainers.offline_source import OfflineSource
 
-__all__ = ["EVORTrainer"]
+__all__ = ["EVORTrainer", "LossSumStepper"]
 
 
-class _LossSumStepper(OptimizationStepper):
-    """One optimiser step on the sum of the losses, without waiting for the device."""
+class LossSumStepper(OptimizationStepper):
+    """One optimiser step on the sum of the losses.
+
+    Unlike ``DefaultOptimizationStepper`` it does not wait for the device, as
+    it reads no norm of the gradient, and what it returns to be logged, and is
+    kept by the trainer, is detached. ``clip_norm`` of the trainer is honoured.
+    """
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
+        """Losses of one batch, after the step that they have caused."""
         losses = trainer.compute_loss(sub_batch)
         trainer.optimizer.zero_grad()
         sum(value for key, value in losses.items() if key.startswith("loss")).backward()
         if trainer.clip_norm is not None:
             nn.utils.clip_grad_norm_(trainer.loss_module.parameters(), trainer.clip_norm)
         trainer.optimizer.step()
-        # Detached: the trainer keeps what it logs.
         return losses.detach()
 
 
@@ -60,7 +65,7 @@ class EVORTrainer(Trainer):
             outer loop, where logs, evaluation and checkpoints happen. Defaults
             to ``1``.
         optimization_stepper (OptimizationStepper, optional): another way to
-            make one update. Defaults to ``None``.
+            make one update. Defaults to ``None``, :class:`LossSumStepper`.
         device (torch.device, optional): where the batches go. Defaults to
             where the buffer leaves them.
         clip_norm (float, optional): largest norm of the gradient. Defaults to
@@ -166,7 +171,7 @@ class EVORTrainer(Trainer):
             optim_steps_per_batch=optim_steps_per_batch,
             loss_module=loss_module,
             optimizer=optimizer,
-            optimization_stepper=optimization_stepper or _LossSumStepper(),
+            optimization_stepper=optimization_stepper or LossSumStepper(),
             target_net_updater=target_net_updater,
             batch_size=batch_size,
             logger=logger,

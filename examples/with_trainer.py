@@ -1,0 +1,107 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""EVOR inside TorchRL's own ``Trainer``, with its hooks and a logger.
+
+The trainer of torchrl 0.14.1 asks for a collector; ``OfflineSource`` stands
+there and makes every count of frames a count of gradient updates.
+:class:`~torchrl_evor.EVORTrainer` is the same with evaluation, checkpoints and
+resumption, for those who need no hooks of their own.
+
+``python examples/with_trainer.py`` collects a small OGBench data set on this
+machine and trains on it; curves go to ``--log-dir`` as csv files.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torchrl.data import TensorDictReplayBuffer
+from torchrl.objectives import SoftUpdate
+from torchrl.record import CSVLogger
+from torchrl.record.loggers import Logger
+from torchrl.trainers import TargetNetUpdaterHook, Trainer
+
+from torchrl_evor import (
+    EVORLoss,
+    FlowMatchingPolicy,
+    OGBenchExperienceReplay,
+    ReturnFlow,
+    VelocityMLP,
+)
+from torchrl_evor.trainers import LossSumStepper, OfflineSource
+
+UPDATES_PER_TURN = 10  # of the trainer's outer loop, where it logs
+
+
+def make_loss(data: TensorDictReplayBuffer, gamma: float, loc: float, scale: float) -> EVORLoss:
+    """Networks and loss for the shapes of ``data``."""
+    batch = data.sample()
+    obs, act = batch["observation"].shape[-1], batch["action"].shape[-1]
+    hidden = {"hidden_sizes": (256, 256, 256)}
+    policy = FlowMatchingPolicy(VelocityMLP(obs + act + 1, act, **hidden), act)
+    network = VelocityMLP(obs + act + 2, 1, layer_norm=True, **hidden)
+    returns = ReturnFlow(network, loc=loc, scale=scale)
+    return EVORLoss(policy, returns, next_action="dataset").make_value_estimator(gamma=gamma)
+
+
+def make_trainer(
+    loss: EVORLoss,
+    data: TensorDictReplayBuffer,
+    updates: int,
+    logger: Logger | None = None,
+    log_interval: int = 1000,
+    progress_bar: bool = True,
+) -> Trainer:
+    """TorchRL's trainer over a fixed data set."""
+    source = OfflineSource(data, UPDATES_PER_TURN)
+    trainer = Trainer(
+        collector=source,
+        total_frames=updates,
+        frame_skip=1,
+        optim_steps_per_batch=UPDATES_PER_TURN,
+        loss_module=loss,
+        optimizer=torch.optim.Adam(loss.parameters(), lr=3e-4),
+        optimization_stepper=LossSumStepper(),
+        logger=logger,
+        log_interval=log_interval,
+        progress_bar=progress_bar,
+    )
+    source.register(trainer)  # the data
+    trainer.register_op("post_optim", TargetNetUpdaterHook(SoftUpdate(loss, tau=0.02)))
+    trainer.register_op("post_optim_complete_log", progress)
+    return trainer
+
+
+def progress(updates: int, losses) -> dict:
+    """Shows the losses in the progress bar."""
+    return {"log_pbar": True, "flow_loss": losses["loss_value"].item()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="pointmaze-medium-navigate-singletask-task1-v0")
+    parser.add_argument("--num-transitions", type=int, default=300_000)
+    parser.add_argument("--updates", type=int, default=15_000)
+    parser.add_argument("--log-dir", default="outputs")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    gamma = 0.995
+    data = OGBenchExperienceReplay(
+        args.dataset,
+        batch_size=256,
+        n_step=300,
+        gamma=gamma,
+        source="local",
+        num_transitions=args.num_transitions,
+    )
+    loss = make_loss(data, gamma, *data.return_statistics())
+    logger = CSVLogger(exp_name="with_trainer", log_dir=args.log_dir)
+    make_trainer(loss, data, args.updates, logger).train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The examples, on a random walk whose good action is known."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from _known_laws import Chain
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.record import CSVLogger
+
+from torchrl_evor import EVORActor
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+CHAIN = Chain()
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def data():
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(2000), batch_size=32)
+    buffer.extend(CHAIN.sample(2000))
+    return buffer
+
+
+def share_of_steps_to_the_right(actor):
+    """In the last state, where one step to the right ends the walk."""
+    observation, _ = CHAIN.encode(torch.full((100,), CHAIN.length - 1), torch.zeros(100))
+    data = actor(TensorDict(observation=observation, batch_size=[100]))
+    return (data["action"] > 0).float().mean().item()
+
+
+def test_hand_written_loop(data):
+    """The data go right in 70 % of their steps."""
+    actor = load("hand_written_loop").train(data, 100, CHAIN.gamma, loc=-3.0, scale=1.5)
+    assert share_of_steps_to_the_right(actor) > 0.9
+
+
+def test_with_trainer(data, tmp_path):
+    module = load("with_trainer")
+    loss = module.make_loss(data, CHAIN.gamma, loc=-3.0, scale=1.5)
+    target = "target_value_network_params.velocity_network.net.0.weight"
+    before = loss.state_dict()[target].clone()
+    logger = CSVLogger(exp_name="run", log_dir=str(tmp_path))
+    trainer = module.make_trainer(loss, data, 100, logger, log_interval=49, progress_bar=False)
+    trainer.train()
+    assert trainer.collected_frames == 100
+    steps = [line.split(",")[0] for line in _rows(tmp_path, "loss_value")]
+    assert steps == ["50", "100"]
+    assert not torch.equal(loss.state_dict()[target], before)  # the hook has run
+    actor = EVORActor(loss.actor_network, loss.value_network, num_samples=8)
+    assert share_of_steps_to_the_right(actor) > 0.9
+
+
+def _rows(folder, name):
+    (path,) = folder.rglob(f"{name}.csv")
+    return path.read_text().splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hand_written_loop", "with_trainer"])
+def test_command(name, tmp_path, monkeypatch):
+    """The commands of the examples' own words, on a tiny local collection."""
+    pytest.importorskip("ogbench")
+    monkeypatch.setenv("HOME", str(tmp_path))  # the cache of the data
+    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    options = ["--num-transitions", "3000", "--updates", "20"]
+    subprocess.run(command + options, cwd=tmp_path, check=True, timeout=300)
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])
