@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 
@@ -259,6 +263,46 @@ class TestSeeds:
     def test_same_seed_whatever_the_number_of_workers(self, tmp_path, small_shards):
         one = collect(tmp_path / "one.npz", size=80)
         assert_equal_files(one, collect(tmp_path / "two.npz", size=80, num_workers=2))
+
+    @pytest.mark.slow
+    def test_a_killed_worker_is_noticed(self, tmp_path, small_shards, monkeypatch):
+        path = tmp_path / "x.npz"
+        with monkeypatch.context() as patched:
+            patched.setattr(ogbench_scripted, "_work", _die)
+            with pytest.raises(RuntimeError, match="ended with exit code 3.*repeat the call"):
+                collect(path, num_workers=2)
+        assert collect(path).exists()
+
+    @pytest.mark.slow
+    def test_an_error_in_a_worker_is_raised(self, tmp_path, small_shards, monkeypatch):
+        monkeypatch.setattr(ogbench_scripted, "_work", _fail)
+        with pytest.raises(OSError, match="could not be written"):
+            collect(tmp_path / "x.npz", num_workers=2)
+
+    @pytest.mark.slow
+    def test_interrupting_the_command(self, tmp_path):
+        """The processes end, and the command goes on when it is repeated."""
+        args = (MAZE, "--folder", str(tmp_path), "--no-val", "--num-transitions", "200000")
+        command = [sys.executable, str(COLLECT), *args, "--num-workers", "2"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+            parts = tmp_path / f"{MAZE}.npz.parts"
+            while len(list(parts.glob("0*.npz"))) < 2:
+                time.sleep(0.1)
+                assert process.poll() is None
+            os.killpg(process.pid, signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert b"interrupted; repeat the command to go on" in stderr
+        assert len(list(parts.glob("0*.npz"))) >= 2
+        assert not list(tmp_path.glob("*.npz"))
+
+
+def _die(*args):
+    os._exit(3)
+
+
+def _fail(plan, shards, results):
+    results.put(OSError(errno.ENOSPC, "x could not be written (No space left on device)"))
 
 
 @needs_ogbench

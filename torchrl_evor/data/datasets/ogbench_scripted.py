@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -14,6 +13,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import queue
 import shutil
 import signal
 from pathlib import Path
@@ -119,6 +119,7 @@ class _Plan:
     path: Path
     behaviour: Behaviour
     num_episodes: int
+    episodes_per_shard: int
     seed: int
     split: str
 
@@ -139,11 +140,8 @@ class _Plan:
             total = file.num_episodes * file.episode_length
             num_transitions = total if split == "train" else total // 10
         num_episodes = -(-num_transitions // behaviour.episode_length)
-        return cls(file.name, path, behaviour, num_episodes, int(seed), split)
-
-    @property
-    def episodes_per_shard(self) -> int:
-        return max(1, _SHARD_TRANSITIONS // self.behaviour.episode_length)
+        per_shard = max(1, _SHARD_TRANSITIONS // behaviour.episode_length)
+        return cls(file.name, path, behaviour, num_episodes, per_shard, int(seed), split)
 
     @property
     def num_shards(self) -> int:
@@ -172,6 +170,7 @@ class _Plan:
         return {
             "name": self.name,
             "num_episodes": self.num_episodes,
+            "episodes_per_shard": self.episodes_per_shard,
             "seed": self.seed,
             "split": self.split,
             **dataclasses.asdict(self.behaviour),
@@ -224,6 +223,7 @@ def write_atomically(path: Path, write) -> None:
 
 
 def _collect_shard(plan: _Plan, shard: int) -> int:
+    """Plays a part's episodes and saves them; returns the part's number."""
     source = _episode_source(plan.behaviour)
     episodes = [source(plan.episode_seed(episode)) for episode in plan.episodes(shard)]
     arrays = {key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]}
@@ -240,25 +240,56 @@ def _episode_source(behaviour: Behaviour):
 def _collect_shards(plan, shards, num_workers, advance) -> None:
     if num_workers == 1 or len(shards) <= 1:
         for shard in shards:
-            advance(plan.transitions([_collect_shard(plan, shard)]))
+            _collect_shard(plan, shard)
+            advance(plan.transitions([shard]))
         return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        max_workers=min(num_workers, len(shards)),
-        # A forked process may inherit locked mutexes of torch's threads.
-        mp_context=multiprocessing.get_context("spawn"),
-        # An interrupt is handled here; the workers finish the part they are at.
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
+    # A forked process may inherit locked mutexes of torch's threads.
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    num_workers = min(num_workers, len(shards))
+    shares = [shards[worker::num_workers] for worker in range(num_workers)]
+    workers = [
+        context.Process(target=_work, args=(plan, share, results), daemon=True) for share in shares
+    ]
     try:
-        running = [pool.submit(_collect_shard, plan, shard) for shard in shards]
-        for future in concurrent.futures.as_completed(running):
-            advance(plan.transitions([future.result()]))
-    except BaseException:
-        torchrl_logger.info(f"Collection stops; finished parts stay in {plan.parts}.")
-        raise
+        for worker in workers:
+            worker.start()
+        for _ in shards:
+            advance(plan.transitions([_next_result(results, workers)]))
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in workers:
+            if worker.pid is not None:
+                worker.terminate()
+                worker.join()
+
+
+def _work(plan: _Plan, shards: list[int], results) -> None:
+    """A process that collects its share; an interrupt is for the parent, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for shard in shards:
+            results.put(_collect_shard(plan, shard))
+    except Exception as error:
+        results.put(error)
+
+
+def _next_result(results, workers) -> int:
+    """The next finished part; raises what a worker raised, or if one died."""
+    while True:
+        # Asked before the queue is, so that the last result of a worker is not missed.
+        died = [worker.exitcode for worker in workers if worker.exitcode not in (None, 0)]
+        try:
+            result = results.get(timeout=1.0)
+        except queue.Empty:
+            if died:
+                raise RuntimeError(
+                    f"A collecting process ended with exit code {died[0]} (killed, or out of "
+                    f"memory?). Finished parts are kept: repeat the call to go on."
+                ) from None
+            continue
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
 @contextlib.contextmanager
