@@ -133,9 +133,7 @@ class StackedQCLoss(QCLoss):
             candidates = self.actor_network.module(observation.expand(rows))
         candidates = candidates.repeat_interleave(copies, 0)
         with self._swap("qvalue_network"):
-            values = self.qvalue_network.q_star(following.unsqueeze(-2), candidates, float("inf"))
-        index = values.argmax(-1, keepdim=True).unsqueeze(-1)
-        return candidates.take_along_dim(index, -2).squeeze(-2)
+            return self.qvalue_network.select(following, candidates, tau_r=float("inf"))[0]
 
 
 class Program:

@@ -25,6 +25,8 @@ __all__ = [
     "interpolate",
     "log_mean_exp",
     "sample_target",
+    "soft_choice",
+    "standard_gumbel",
     "stratified_normal",
     "velocity_target",
 ]
@@ -119,6 +121,35 @@ def log_mean_exp(
         # Under a top node of hardly any weight the excess cancels to -1.
         soft = torch.where(excess < -0.5, torch.logsumexp(depth + log_weights, dim), soft)
     return top.squeeze(dim) + tau * soft
+
+
+def soft_choice(values: Tensor, tau: float, gumbel: Tensor | None = None) -> Tensor:
+    r"""Draws an index from :math:`\mathrm{softmax}(v / \tau)` by Gumbel-max.
+
+    Args:
+        values (Tensor): values of the candidates, ``[*B, P]``.
+        tau (float): temperature in the units of ``values``; ``0`` takes the best.
+        gumbel (Tensor, optional): standard Gumbel noise, ``[*B, P]``. Drawn by
+            default, where ``tau`` is positive.
+
+    Returns:
+        Tensor: int64 index, ``[*B]``; the first of equals.
+
+    Examples:
+        >>> import torch
+        >>> soft_choice(torch.tensor([0.0, 3.0, 1.0]), 0.0)
+        tensor(1)
+    """
+    if check_temperature("tau", tau) > 0:
+        if gumbel is None:
+            gumbel = standard_gumbel(values)
+        values = values / tau + gumbel
+    return values.argmax(-1)
+
+
+def standard_gumbel(like: Tensor) -> Tensor:
+    """Standard Gumbel noise of the shape, dtype and device of ``like``."""
+    return -torch.empty_like(like).exponential_().log()
 
 
 def check_temperature(name: str, value: float) -> float:

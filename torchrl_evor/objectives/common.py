@@ -169,6 +169,13 @@ class FlowPolicyLoss(LossModule):
         discount = self.value_estimator.value_estimate(step, next_value=zero + 1)
         return reward, discount
 
+    def _without_padded(self, error: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """``error`` ``[*B]``, zero where a part of the row's chunk is padded."""
+        pad = tensordict.get(self.tensor_keys.action_is_pad, None)
+        if pad is None:
+            return error
+        return torch.where(pad.any(-1), torch.zeros_like(error), error)
+
     def _weights(self, tensordict: TensorDictBase) -> Tensor | None:
         # Not LossModule's own reader, which cannot look up a nested key.
         if self.use_prioritized_weights not in (True, "auto"):

@@ -146,9 +146,7 @@ class CriticLoss(FlowPolicyLoss):
             outputs = self.qvalue_network.outputs(observation, action)
             distance = self.qvalue_network.distance(outputs, values, log_weights)
             value = self._mean(*self.qvalue_network.law(outputs.detach()))
-        pad = tensordict.get(self.tensor_keys.action_is_pad, None)
-        if pad is not None:
-            distance = torch.where(pad.any(-1), torch.zeros_like(distance), distance)
+        distance = self._without_padded(distance, tensordict)
         loss = self._reduce_loss(distance, tensordict, weights=self._weights(tensordict))
         self._clear_weakrefs(tensordict, "qvalue_network_params", "target_qvalue_network_params")
         return loss, {"td_error": (value - target).abs(), "value_target": target.mean()}

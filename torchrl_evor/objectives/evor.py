@@ -4,7 +4,6 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,23 +11,21 @@ from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
-from torchrl.objectives.common import LossModule
-from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 
 from torchrl_evor.modules.functional import (
     TD_TARGETS,
     check_choice,
     check_positive,
     check_temperature,
-    interpolate,
 )
 from torchrl_evor.modules.models.return_flow import ReturnFlow
 from torchrl_evor.modules.tensordict_module.actors import FlowMatchingPolicy
+from torchrl_evor.objectives.common import FlowPolicyLoss
 
 __all__ = ["EVORLoss"]
 
 
-class EVORLoss(LossModule):
+class EVORLoss(FlowPolicyLoss):
     r"""Expressive value learning for offline reinforcement learning (EVOR).
 
     Two flow-matching regressions that share nothing. The base policy imitates
@@ -87,6 +84,10 @@ class EVORLoss(LossModule):
         row to ``"td_error"`` in its input.
 
     .. note::
+        Rows whose chunk of actions is padded (``"action_is_pad"``) do not count:
+        the padded steps not for the policy, the whole row not for the value.
+
+    .. note::
         Data parallelism through ``DistributedDataParallel`` works; fully
         sharded parameters do not reach functional losses.
 
@@ -124,43 +125,9 @@ class EVORLoss(LossModule):
         torch.Size([4])
     """
 
-    @dataclass
-    class _AcceptedKeys:
-        """Keys of the batch, to be changed by ``set_keys``.
-
-        Observations are read at the networks' own ``in_keys``.
-
-        Attributes:
-            action (NestedKey): action of the data. Defaults to ``"action"``.
-            reward (NestedKey): reward, under ``"next"``. Defaults to ``"reward"``.
-            done (NestedKey): end of trajectory, under ``"next"``. Defaults to ``"done"``.
-            terminated (NestedKey): termination, under ``"next"``. Defaults to
-                ``"terminated"``.
-            steps_to_next_obs (NestedKey): number of steps of an n-step
-                transition. Defaults to ``"steps_to_next_obs"``.
-            priority (NestedKey): where the error of each row is written.
-                Defaults to ``"td_error"``.
-            priority_weight (NestedKey): importance weights of prioritised
-                sampling. Defaults to ``"priority_weight"``.
-        """
-
-        action: NestedKey = "action"
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
-        steps_to_next_obs: NestedKey = "steps_to_next_obs"
-        priority: NestedKey = "td_error"
-        priority_weight: NestedKey = "priority_weight"
-
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
-    default_value_estimator = ValueEstimators.TD0
-    SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0,)
     out_keys = ["loss_actor", "loss_value"]
+    next_actions = ("policy", "dataset", "improved")
 
-    actor_network: FlowMatchingPolicy
-    actor_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
     value_network: ReturnFlow
     value_network_params: TensorDictParams
     target_value_network_params: TensorDictParams
@@ -180,47 +147,20 @@ class EVORLoss(LossModule):
         tau_q: float = 0.0,
         use_prioritized_weights: Literal["auto"] | bool = "auto",
     ) -> None:
-        self._in_keys = None
-        super().__init__()
-        if not hasattr(getattr(actor_network, "module", None), "velocity"):
-            raise TypeError(f"actor_network must be a FlowMatchingPolicy, got {actor_network!r}.")
-        if not hasattr(value_network, "velocity"):
+        super().__init__(
+            actor_network,
+            next_action=check_choice("next_action", next_action, self.next_actions),
+            reduction=reduction,
+            use_prioritized_weights=use_prioritized_weights,
+        )
+        if not isinstance(value_network, ReturnFlow):
             raise TypeError(f"value_network must be a ReturnFlow, got {value_network!r}.")
         self.td_target = check_choice("td_target", td_target, TD_TARGETS)
-        self.next_action = check_choice(
-            "next_action", next_action, ("policy", "dataset", "improved")
-        )
-        self.reduction = check_choice("reduction", reduction or "mean", ("none", "mean", "sum"))
         self.num_candidates = check_positive("num_candidates", num_candidates)
         self.num_samples = check_positive("num_samples", num_samples)
         self.tau_r = check_temperature("tau_r", tau_r)
         self.tau_q = check_temperature("tau_q", tau_q)
-        self.use_prioritized_weights = use_prioritized_weights
-        self.convert_to_functional(actor_network, "actor_network")
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
-        # Built here, so that the discount is part of every state_dict.
-        self.make_value_estimator()
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Keys of the batch that the loss needs, from the networks' and its own."""
-        if self._in_keys is not None:
-            return self._in_keys
-        keys = self.tensor_keys
-        observations = [self._actor_observation, self._value_observation]
-        following = [*observations, keys.reward, keys.done, keys.terminated]
-        if self.next_action == "dataset":
-            following.append(keys.action)
-        following = [unravel_key(("next", key)) for key in following]
-        return list(dict.fromkeys([*observations, keys.action, *following]))
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
-
-    @property
-    def _actor_observation(self) -> NestedKey:
-        return self.actor_network.in_keys[0]
 
     @property
     def _value_observation(self) -> NestedKey:
@@ -243,21 +183,6 @@ class EVORLoss(LossModule):
         tensordict.set(self.tensor_keys.priority, metadata.pop("td_error"))
         return TensorDict({"loss_actor": loss_actor, "loss_value": loss_value, **metadata})
 
-    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
-        """Flow matching of the base policy to the data's actions."""
-        observation = tensordict[self._actor_observation]
-        action = tensordict[self.tensor_keys.action]
-        noise = torch.randn_like(action)
-        time = torch.rand_like(action[..., :1])
-        with self._swap("actor_network"):
-            velocity = self.actor_network.module.velocity(
-                observation, interpolate(noise, action, time), time
-            )
-        error = (velocity - (action - noise)).square().sum(-1)
-        loss = self._reduce_loss(error, tensordict, weights=self._weights(tensordict))
-        self._clear_weakrefs(tensordict, "actor_network_params")
-        return loss, {}
-
     def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
         """Flow matching of the reward-to-go to its temporal-difference target."""
         observation = tensordict[self._value_observation]
@@ -267,7 +192,7 @@ class EVORLoss(LossModule):
             velocity = self.value_network.velocity(observation, action, point, time)
             # The posterior mean of the return given the point is where the target leads.
             value_target = self.value_network.denormalize(point + (1 - time) * target)
-        error = (velocity - target).squeeze(-1)
+        error = self._without_padded((velocity - target).squeeze(-1), tensordict)
         loss = self._reduce_loss(error.square(), tensordict, weights=self._weights(tensordict))
         metadata = {"td_error": error.detach().abs(), "value_target": value_target.mean().detach()}
         self._clear_weakrefs(tensordict, "value_network_params", "target_value_network_params")
@@ -277,6 +202,8 @@ class EVORLoss(LossModule):
     def compute_target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """Point, flow time and target velocity of the value regression, each ``[*B, 1]``."""
         reward, discount = self._backup(tensordict)
+        with self._swap("value_network"):
+            reward = self.value_network.normalize_reward(reward, discount)
         observation = tensordict[unravel_key(("next", self._value_observation))]
         action = self._next_action(tensordict)
         noise, next_noise = torch.randn_like(reward), torch.randn_like(reward)
@@ -291,29 +218,6 @@ class EVORLoss(LossModule):
                 lambda z, t: self.value_network.velocity(observation, action, z, t),
             )
         return point, time, target
-
-    def _swap(self, name: str, target: bool = False):
-        """The network with its (target) parameters in place, as a context."""
-        params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
-        # The default of tensordict turns target buffers into trainable parameters.
-        return params.to_module(getattr(self, name), preserve_module_state=False)
-
-    def _backup(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Reward and discount of the Bellman map in z units, each ``[*B, 1]``."""
-        keys = self.tensor_keys
-        reward_key = unravel_key(("next", keys.reward))
-        names = [unravel_key(("next", key)) for key in (keys.done, keys.terminated)]
-        # Strict: TorchRL would take every end for a termination where that key is missing.
-        step = tensordict.select(reward_key, *names)
-        if (steps := tensordict.get(keys.steps_to_next_obs, None)) is not None:
-            step.set(keys.steps_to_next_obs, steps)
-        zero = torch.zeros_like(step[reward_key])
-        # The Bellman map is affine in the next value: its estimator gives both coefficients.
-        reward = self.value_estimator.value_estimate(step, next_value=zero)
-        step.set(reward_key, zero)
-        discount = self.value_estimator.value_estimate(step, next_value=zero + 1)
-        with self._swap("value_network"):
-            return self.value_network.normalize_reward(reward, discount), discount
 
     def _next_action(self, tensordict: TensorDictBase) -> Tensor:
         """Action at the next state, ``[*B, act]``."""
@@ -330,33 +234,11 @@ class EVORLoss(LossModule):
     def _improve(self, observation: Tensor, candidates: Tensor) -> Tensor:
         """Chooses among ``candidates`` ``[*B, P, act]`` by the target network's Q*."""
         with self._swap("value_network", target=True):
-            values = self.value_network.q_star(
-                observation.unsqueeze(-2), candidates, self.tau_r, self.num_samples
+            action, _, _ = self.value_network.select(
+                observation,
+                candidates,
+                tau_r=self.tau_r,
+                tau_q=self.tau_q,
+                num_samples=self.num_samples,
             )
-        if self.tau_q > 0:
-            values = values / self.tau_q - torch.empty_like(values).exponential_().log()
-        index = values.argmax(-1, keepdim=True).unsqueeze(-1)
-        return candidates.take_along_dim(index, -2).squeeze(-2)
-
-    def _weights(self, tensordict: TensorDictBase) -> Tensor | None:
-        # Not LossModule's own reader, which cannot look up a nested key.
-        if self.use_prioritized_weights not in (True, "auto"):
-            return None
-        return tensordict.get(self.tensor_keys.priority_weight, None)
-
-    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams):
-        """Builds the estimator that holds the discount; see :class:`LossModule`."""
-        value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
-        if value_type is not None:
-            dispatch_value_estimator(
-                self, value_type, supported=self.SUPPORTED_VALUE_ESTIMATORS, **hyperparams
-            )
-        self._forward_value_estimator_keys()
-        return self
-
-    def _forward_value_estimator_keys(self, **kwargs) -> None:
-        if self._value_estimator is not None:
-            names = ("reward", "done", "terminated", "steps_to_next_obs")
-            self._value_estimator.set_keys(
-                **{name: getattr(self.tensor_keys, name) for name in names}
-            )
+        return action

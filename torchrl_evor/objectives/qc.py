@@ -121,8 +121,7 @@ class QCLoss(CriticLoss):
         rows = (*observation.shape[:-1], self.num_candidates, observation.shape[-1])
         with self._swap("actor_network"):
             candidates = self.actor_network.module(observation.unsqueeze(-2).expand(rows))
-        observation = tensordict[unravel_key(("next", self._value_observation))].unsqueeze(-2)
+        observation = tensordict[unravel_key(("next", self._value_observation))]
         with self._swap("qvalue_network"):
-            values = self.qvalue_network.q_star(observation, candidates, float("inf"))
-        index = values.argmax(-1, keepdim=True).unsqueeze(-1)
-        return candidates.take_along_dim(index, -2).squeeze(-2)
+            action, _, _ = self.qvalue_network.select(observation, candidates, tau_r=float("inf"))
+        return action

@@ -17,11 +17,15 @@ from torchrl_evor.modules.functional import (
     check_temperature,
     euler_integrate,
     log_mean_exp,
+    standard_gumbel,
     stratified_normal,
 )
 from torchrl_evor.modules.models.return_model import ReturnModel
 
 __all__ = ["ReturnFlow"]
+
+# Rows of one pass of a network that has no fused path: 64k rows of 4x512 take 0.5 GB.
+MAX_ROWS = 2**16
 
 
 class ReturnFlow(ReturnModel):
@@ -174,6 +178,84 @@ class ReturnFlow(ReturnModel):
         check_temperature("tau", tau)
         noise = self._nodes(action, num_samples, nodes)
         return log_mean_exp(self.sample(observation, action, num_samples, noise), tau)
+
+    def select(
+        self,
+        observation: Tensor,
+        candidates: Tensor,
+        *,
+        tau_r: float,
+        tau_q: float = 0.0,
+        gumbel: Tensor | None = None,
+        num_samples: int = 16,
+        nodes: Literal["stratified", "random"] = "stratified",
+        backend: Literal["auto", "torch", "triton"] = "auto",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws one candidate, on the fused path where the network allows it.
+
+        See :meth:`ReturnModel.select` and :meth:`why_not_fused`.
+        """
+        check_choice("backend", backend, ("auto", "torch", "triton"))
+        reason = self.why_not_fused(observation, candidates)
+        if reason is not None:
+            if backend == "triton":
+                raise RuntimeError(f"backend='triton' is not available: {reason}.")
+            options = {"num_samples": num_samples, "nodes": nodes}
+            return super().select(
+                observation, candidates, tau_r=tau_r, tau_q=tau_q, gumbel=gumbel, **options
+            )
+        # The single seam to the kernels, whose module is not needed to train.
+        from torchrl_evor.triton_kernels import evor_select, pack_velocity_mlp
+
+        noise = self._nodes(candidates, num_samples, nodes)
+        if noise is None:
+            noise = candidates.new_empty(*candidates.shape[:-1], num_samples).normal_()
+        if tau_q > 0 and gumbel is None:
+            gumbel = standard_gumbel(candidates[..., 0])
+        return evor_select(
+            pack_velocity_mlp(self.velocity_network, observation.shape[-1], candidates.shape[-1]),
+            observation,
+            candidates,
+            noise,
+            gumbel,
+            tau_r=tau_r,
+            tau_q=tau_q,
+            num_steps=self.num_steps,
+            loc=self.loc,
+            scale=self.scale,
+            backend=backend,
+        )
+
+    def why_not_fused(self, observation: Tensor, candidates: Tensor) -> str | None:
+        """Why :meth:`select` runs the network itself and not the fused path, or ``None``.
+
+        Args:
+            observation (Tensor): ``[*B, obs]``.
+            candidates (Tensor): ``[*B, P, act]``.
+        """
+        from torchrl_evor.triton_kernels import why_not_packable
+
+        if self.loc.ndim:
+            return "loc and scale differ along the batch"
+        needs_grad = any(
+            tensor.requires_grad for tensor in (observation, candidates, *self.parameters())
+        )
+        if torch.is_grad_enabled() and needs_grad:
+            return "the fused path has no backward, and gradients are enabled"
+        return why_not_packable(self.velocity_network, observation.shape[-1], candidates.shape[-1])
+
+    def _values(self, observation, candidates, tau, num_samples, nodes) -> Tensor:
+        if hasattr(self.velocity_network, "num_models"):
+            # The leading axis of a stack of models must stay whole.
+            return super()._values(observation, candidates, tau, num_samples, nodes)
+        # Pairs of state and candidate in pieces, so that memory does not grow with their number.
+        pairs = observation.unsqueeze(-2).expand(*candidates.shape[:-1], -1)
+        pieces = zip(
+            pairs.flatten(0, -2).split(max(1, MAX_ROWS // num_samples)),
+            candidates.flatten(0, -2).split(max(1, MAX_ROWS // num_samples)),
+        )
+        values = [self.q_star(x, a, tau, num_samples, nodes) for x, a in pieces]
+        return torch.cat(values).reshape(candidates.shape[:-1])
 
     @staticmethod
     def _nodes(like: Tensor, num_nodes: int, nodes: str) -> Tensor | None:

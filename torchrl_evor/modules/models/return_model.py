@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -13,7 +14,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from torchrl_evor.modules.functional import check_positive
+from torchrl_evor.modules.functional import check_positive, soft_choice
 
 __all__ = ["ReturnModel"]
 
@@ -110,6 +111,57 @@ class ReturnModel(TensorDictModuleBase):
     ) -> Tensor:
         r"""Optimal regularised value :math:`\tau \log E \exp(Z / \tau)`, ``[*B]``."""
         raise NotImplementedError
+
+    def select(
+        self,
+        observation: Tensor,
+        candidates: Tensor,
+        *,
+        tau_r: float,
+        tau_q: float = 0.0,
+        gumbel: Tensor | None = None,
+        num_samples: int = 16,
+        nodes: Literal["stratified", "random"] = "stratified",
+        backend: Literal["auto", "torch", "triton"] = "auto",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Draws one candidate from :math:`\mathrm{softmax}(Q^* / \tau_Q)`.
+
+        Args:
+            observation (Tensor): ``[*B, obs]``.
+            candidates (Tensor): actions, ``[*B, P, act]``.
+
+        Keyword Args:
+            tau_r (float): temperature of :math:`Q^*`, in reward units.
+            tau_q (float, optional): temperature of the choice, in reward units;
+                ``0`` takes the best. Defaults to ``0.0``.
+            gumbel (Tensor, optional): standard Gumbel noise ``[*B, P]``, drawn
+                by default.
+            num_samples (int, optional): nodes per candidate. Defaults to ``16``.
+            nodes (str, optional): ``"stratified"`` or ``"random"``. Defaults to
+                ``"stratified"``.
+            backend (str, optional): ``"auto"``, ``"torch"`` or ``"triton"``.
+                Defaults to ``"auto"``.
+
+        Returns:
+            tuple of Tensor: the chosen action ``[*B, act]``, its value ``[*B]``
+            and the values of all candidates ``[*B, P]``, in reward units.
+
+        Raises:
+            RuntimeError: if ``backend="triton"`` and it cannot run; the message
+                says why.
+        """
+        if backend == "triton":
+            raise RuntimeError(
+                f"backend='triton' is not available: {type(self).__name__} has no fused kernel."
+            )
+        values = self._values(observation, candidates, tau_r, num_samples, nodes)
+        index = soft_choice(values, tau_q, gumbel).unsqueeze(-1)
+        action = candidates.take_along_dim(index.unsqueeze(-1), -2).squeeze(-2)
+        return action, values.gather(-1, index).squeeze(-1), values
+
+    def _values(self, observation, candidates, tau, num_samples, nodes) -> Tensor:
+        """:math:`Q^*` of each candidate, ``[*B, P]``."""
+        return self.q_star(observation.unsqueeze(-2), candidates, tau, num_samples, nodes)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

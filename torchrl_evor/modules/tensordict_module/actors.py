@@ -178,27 +178,22 @@ class EVORActor(TensorDictModuleBase):
         with set_exploration_type(ExplorationType.RANDOM):
             return self.policy(expanded).get(self.out_keys[0]).movedim(0, -2)
 
-    def choose(self, values: Tensor) -> Tensor:
-        """Index ``[*B, 1]`` of the chosen candidate, from values ``[*B, P]``."""
-        if self.tau_q > 0 and exploration_type() not in ARGMAX_MODES:
-            # Gumbel-max: argmax of logits plus Gumbel noise is a softmax sample.
-            gumbel = -torch.empty_like(values).exponential_().log()
-            values = values / self.tau_q + gumbel
-        return values.argmax(-1, keepdim=True)
-
     @dispatch(auto_batch_size=False)
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the chosen action ``[*B, act]`` and its value ``[*B, 1]``."""
         candidates = self.candidates(tensordict)
-        observation = tensordict[self.returns.in_keys[0]].unsqueeze(-2)
-        values = self.returns.q_star(
-            observation, candidates, self.tau_r, self.num_samples, self.nodes
+        action, value, values = self.returns.select(
+            tensordict[self.returns.in_keys[0]],
+            candidates,
+            tau_r=self.tau_r,
+            tau_q=0.0 if exploration_type() in ARGMAX_MODES else self.tau_q,
+            num_samples=self.num_samples,
+            nodes=self.nodes,
+            backend=self.backend,
         )
-        index = self.choose(values)
-        action = candidates.take_along_dim(index.unsqueeze(-1), -2).squeeze(-2)
         tensordict.set(self.out_keys[0], action)
-        tensordict.set(self.out_keys[1], values.gather(-1, index))
+        tensordict.set(self.out_keys[1], value.unsqueeze(-1))
         if self.return_candidates:
             tensordict.set("candidates", candidates)
             tensordict.set("candidate_values", values)
