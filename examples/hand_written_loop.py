@@ -31,11 +31,18 @@ from torchrl_evor import (
 )
 
 
-def train(data: TensorDictReplayBuffer, updates: int, gamma: float, loc: float, scale: float):
+def train(
+    data: TensorDictReplayBuffer,
+    updates: int,
+    gamma: float,
+    loc: float,
+    scale: float,
+    hidden_sizes: tuple[int, ...] = (256, 256, 256),
+) -> EVORActor:
     """Trains on ``data`` and returns the actor."""
     batch = data.sample()
     obs, act = batch["observation"].shape[-1], batch["action"].shape[-1]
-    hidden = {"hidden_sizes": (256, 256, 256)}
+    hidden = {"hidden_sizes": hidden_sizes}
     policy = FlowMatchingPolicy(VelocityMLP(obs + act + 1, act, **hidden), act)
     network = VelocityMLP(obs + act + 2, 1, layer_norm=True, **hidden)
     returns = ReturnFlow(network, loc=loc, scale=scale)

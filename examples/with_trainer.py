@@ -36,11 +36,17 @@ from torchrl_evor.trainers import LossSumStepper, OfflineSource
 UPDATES_PER_TURN = 10  # of the trainer's outer loop, where it logs
 
 
-def make_loss(data: TensorDictReplayBuffer, gamma: float, loc: float, scale: float) -> EVORLoss:
+def make_loss(
+    data: TensorDictReplayBuffer,
+    gamma: float,
+    loc: float,
+    scale: float,
+    hidden_sizes: tuple[int, ...] = (256, 256, 256),
+) -> EVORLoss:
     """Networks and loss for the shapes of ``data``."""
     batch = data.sample()
     obs, act = batch["observation"].shape[-1], batch["action"].shape[-1]
-    hidden = {"hidden_sizes": (256, 256, 256)}
+    hidden = {"hidden_sizes": hidden_sizes}
     policy = FlowMatchingPolicy(VelocityMLP(obs + act + 1, act, **hidden), act)
     network = VelocityMLP(obs + act + 2, 1, layer_norm=True, **hidden)
     returns = ReturnFlow(network, loc=loc, scale=scale)

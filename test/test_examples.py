@@ -47,13 +47,13 @@ def share_of_steps_to_the_right(actor):
 
 def test_hand_written_loop(data):
     """The data go right in 70 % of their steps."""
-    actor = load("hand_written_loop").train(data, 100, CHAIN.gamma, loc=-3.0, scale=1.5)
+    actor = load("hand_written_loop").train(data, 100, CHAIN.gamma, -3.0, 1.5, (64, 64))
     assert share_of_steps_to_the_right(actor) > 0.9
 
 
 def test_with_trainer(data, tmp_path):
     module = load("with_trainer")
-    loss = module.make_loss(data, CHAIN.gamma, loc=-3.0, scale=1.5)
+    loss = module.make_loss(data, CHAIN.gamma, -3.0, 1.5, (64, 64))
     target = "target_value_network_params.velocity_network.net.0.weight"
     before = loss.state_dict()[target].clone()
     logger = CSVLogger(exp_name="run", log_dir=str(tmp_path))
