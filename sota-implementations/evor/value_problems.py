@@ -1,0 +1,191 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Small problems whose laws of the return are known exactly."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+
+@dataclass
+class Mixture:
+    """Mixtures of Gaussians, ``[Q, C]`` each; a deviation of zero is an atom."""
+
+    means: Tensor
+    deviations: Tensor
+    weights: Tensor
+
+    def quantiles(self, num_quantiles: int) -> Tensor:
+        """Quantiles ``(j - 1/2) / num_quantiles``, ``[Q, num_quantiles]``, by bisection."""
+        probability = (torch.arange(num_quantiles, dtype=torch.float64) + 0.5) / num_quantiles
+        reach = 6 * self.deviations + 1e-6
+        low = (self.means - reach).amin(-1, keepdim=True).expand(-1, num_quantiles)
+        high = (self.means + reach).amax(-1, keepdim=True).expand(-1, num_quantiles)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self.cdf(middle) < probability
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return high
+
+    def cdf(self, values: Tensor) -> Tensor:
+        """Probability of at most ``values`` ``[Q, N]``, of the same shape."""
+        distance = values.unsqueeze(-1) - self.means.unsqueeze(-2)
+        smooth = torch.special.ndtr(distance / self.deviations.clamp_min(1e-300).unsqueeze(-2))
+        step = (distance >= 0).double()
+        below = torch.where(self.deviations.unsqueeze(-2) > 0, smooth, step)
+        return (self.weights.unsqueeze(-2) * below).sum(-1)
+
+    def q_star(self, tau: float) -> Tensor:
+        """``tau * log E exp(Z / tau)`` in closed form, ``[Q]``; the mean for ``tau=inf``."""
+        if math.isinf(tau):
+            return (self.weights * self.means).sum(-1)
+        exponents = self.means / tau + (self.deviations / tau).square() / 2
+        return tau * torch.logsumexp(exponents + self.weights.log(), -1)
+
+    def deviation(self) -> Tensor:
+        """Standard deviation of each mixture, ``[Q]``."""
+        second = self.means.square() + self.deviations.square()
+        variance = (self.weights * second).sum(-1) - self.q_star(math.inf).square()
+        return variance.clamp_min(0).sqrt()
+
+
+class Problem(Protocol):
+    """A data-collecting policy to be evaluated, with one-hot states and actions -1 or 1."""
+
+    gamma: float
+    num_states: int
+
+    def law(self) -> Mixture:
+        """Exact laws of the return of all pairs, state by state, action -1 before 1."""
+
+    def sample(self, *batch: int) -> TensorDict:
+        """Transitions with the data's own next action."""
+
+
+def encode(state: Tensor, right: Tensor, num_states: int) -> tuple[Tensor, Tensor]:
+    """One-hot observation ``[*B, num_states]`` and action -1 or 1, ``[*B, 1]``."""
+    observation = nn.functional.one_hot(state, num_states).float()
+    return observation, 2 * right.unsqueeze(-1).float() - 1
+
+
+def all_pairs(num_states: int) -> tuple[Tensor, Tensor]:
+    """Observations and actions of all pairs, in the order of :meth:`Problem.law`."""
+    state = torch.arange(num_states).repeat_interleave(2)
+    return encode(state, torch.arange(2).repeat(num_states), num_states)
+
+
+def _transitions(num_states, state, right, following, next_right, reward, terminated):
+    observation, action = encode(state, right, num_states)
+    next_observation, next_action = encode(following, next_right, num_states)
+    terminated = terminated.unsqueeze(-1)
+    return TensorDict(
+        observation=observation,
+        action=action,
+        next=TensorDict(
+            observation=next_observation,
+            action=next_action,
+            reward=reward.unsqueeze(-1),
+            done=terminated,
+            terminated=terminated,
+            batch_size=state.shape,
+        ),
+        batch_size=state.shape,
+    )
+
+
+class Chain:
+    """A walk on a line that costs 1 per step, until it leaves at the right end.
+
+    The policy steps right with probability ``right``; at the left end a step
+    to the left stays. Returns have one-sided tails and a single mode.
+    """
+
+    def __init__(self, num_states: int = 10, gamma: float = 0.95, right: float = 0.6) -> None:
+        self.num_states, self.gamma, self.right = num_states, gamma, right
+
+    def law(self, horizon: int = 400) -> Mixture:
+        """A walk of T steps returns ``-(1 - gamma^T) / (1 - gamma)``."""
+        policy = torch.tensor([1 - self.right, self.right], dtype=torch.float64)
+        duration = torch.zeros(self.num_states, 2, horizon, dtype=torch.float64)
+        duration[-1, 1, 0] = 1.0
+        for step in range(1, horizon):
+            # Probability that the walk from each state takes `step` steps.
+            state = (duration[:, :, step - 1] * policy).sum(-1)
+            duration[:, 0, step] = torch.cat([state[:1], state[:-1]])
+            duration[:-1, 1, step] = state[1:]
+        steps = torch.arange(1, horizon + 1, dtype=torch.float64)
+        means = -(1 - self.gamma**steps) / (1 - self.gamma)
+        weights = duration.flatten(0, 1)
+        return Mixture(means.expand_as(weights), torch.zeros_like(weights), weights)
+
+    def sample(self, *batch: int) -> TensorDict:
+        state = torch.randint(self.num_states, batch)
+        right = (torch.rand(batch) < self.right).long()
+        next_right = (torch.rand(batch) < self.right).long()
+        following = state + 2 * right - 1
+        terminated = following == self.num_states
+        following = following.clamp(0, self.num_states - 1)
+        reward = -torch.ones(batch)
+        return _transitions(
+            self.num_states, state, right, following, next_right, reward, terminated
+        )
+
+
+class Fork:
+    """Stages in a row; behind the last, an outcome of plus or minus ``prize``.
+
+    Every stage pays 0.5 times the action with noise. The last action moves
+    the odds of the prize from 0.2 to 0.8. Returns have two far modes.
+    """
+
+    def __init__(self, num_states: int = 4, gamma: float = 0.9, prize: float = 5.0) -> None:
+        self.num_states, self.gamma, self.prize = num_states, gamma, prize
+        self.noise = 0.3
+        self.odds = torch.tensor([0.2, 0.8])
+
+    def law(self) -> Mixture:
+        """One component for each sequence of later actions and each outcome."""
+        rows = [
+            self._components(stage, right) for stage in range(self.num_states) for right in (0, 1)
+        ]
+        width = max(len(row) for row in rows)
+        # Rows of later stages are filled with components of no weight.
+        padded = [row + [(0.0, 1.0, 0.0)] * (width - len(row)) for row in rows]
+        return Mixture(*torch.tensor(padded, dtype=torch.float64).unbind(-1))
+
+    def _components(self, stage: int, right: int) -> list[tuple[float, float, float]]:
+        later = self.num_states - stage - 1
+        discounts = [self.gamma**step for step in range(later + 1)]
+        deviation = self.noise * math.sqrt(sum(discount**2 for discount in discounts))
+        components = []
+        for actions in itertools.product((0, 1), repeat=later):
+            actions = (right, *actions)
+            pay = sum(d * 0.5 * (2 * action - 1) for d, action in zip(discounts, actions))
+            odds = self.odds[actions[-1]].item()
+            for sign, probability in ((1, odds), (-1, 1 - odds)):
+                mean = pay + sign * discounts[-1] * self.prize
+                components.append((mean, deviation, probability / 2**later))
+        return components
+
+    def sample(self, *batch: int) -> TensorDict:
+        state = torch.randint(self.num_states, batch)
+        right, next_right = torch.randint(2, batch), torch.randint(2, batch)
+        terminated = state == self.num_states - 1
+        prize = torch.where(torch.rand(batch) < self.odds[right], self.prize, -self.prize)
+        reward = right.float() - 0.5 + self.noise * torch.randn(batch) + prize * terminated
+        following = (state + 1).clamp_max(self.num_states - 1)
+        return _transitions(
+            self.num_states, state, right, following, next_right, reward, terminated
+        )
+
+
+PROBLEMS = {"chain": Chain, "fork": Fork}

@@ -1,0 +1,217 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What each TD target and each critic learns of the return, against exact laws.
+
+Rows hold, for each seed and measurement, means over all states and actions, in
+units of the spread of returns: the Wasserstein-1 distance of the law, the
+error of its mean and the errors of Q* at several temperatures.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from pathlib import Path
+
+import hydra
+import matplotlib
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from torch import Tensor
+from torchrl.objectives import SoftUpdate
+from tqdm import tqdm
+from value_problems import PROBLEMS, Problem, all_pairs
+
+from torchrl_evor import (
+    CategoricalCritic,
+    Critic,
+    CriticLoss,
+    EVORLoss,
+    FlowMatchingPolicy,
+    HLGaussCritic,
+    QuantileCritic,
+    ReturnFlow,
+    ScalarCritic,
+    StackedVelocityMLP,
+    VelocityMLP,
+)
+from torchrl_evor.modules.functional import TD_TARGETS
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+NUM_QUANTILES = 200
+
+
+class Truth:
+    """A problem, what is exact about its returns, and their units."""
+
+    def __init__(self, problem: Problem, temperatures: list[float]) -> None:
+        self.problem = problem
+        law = problem.law()
+        means = law.q_star(math.inf)
+        variance = law.deviation().square().mean() + means.var(correction=0)
+        self.loc, self.scale = means.mean().item(), variance.sqrt().item()
+        self.quantiles = law.quantiles(NUM_QUANTILES)
+        self.q_star = {t: law.q_star(t * self.scale) for t in (math.inf, *temperatures)}
+
+
+def make_model(cfg: DictConfig, truth: Truth, method: str):
+    """The model of the return for all seeds, in normalised units."""
+    units = {"loc": truth.loc, "scale": truth.scale}
+    z = (truth.quantiles - truth.loc) / truth.scale
+    support = {"low": z.min().item() - 0.5, "high": z.max().item() + 0.5}
+    inputs, atoms = truth.problem.num_states + 1, {"num_atoms": cfg.num_atoms}
+
+    def stack(in_features: int, out_features: int = 1) -> StackedVelocityMLP:
+        return StackedVelocityMLP(
+            cfg.num_seeds,
+            in_features,
+            out_features,
+            hidden_sizes=cfg.hidden_sizes,
+            layer_norm=cfg.layer_norm,
+        )
+
+    if method in TD_TARGETS:
+        return ReturnFlow(stack(inputs + 2), cfg.num_steps, **units)
+    if method == "scalar":
+        return ScalarCritic(stack(inputs), **units)
+    if method == "hl_gauss":
+        return HLGaussCritic(stack(inputs, cfg.num_atoms), **support, **atoms, **units)
+    if method == "categorical":
+        return CategoricalCritic(stack(inputs, cfg.num_atoms), **support, **atoms, **units)
+    if method == "quantile":
+        return QuantileCritic(stack(inputs, cfg.num_atoms), num_quantiles=cfg.num_atoms, **units)
+    raise ValueError(f"methods must be TD targets or critics, got {method!r}.")
+
+
+def make_loss(model, problem: Problem, method: str):
+    """The loss and its value term; the policy is there for form's sake and is not trained."""
+    policy = FlowMatchingPolicy(VelocityMLP(problem.num_states + 2, 1, hidden_sizes=(1,)), 1)
+    if method in TD_TARGETS:
+        loss = EVORLoss(policy, model, td_target=method, next_action="dataset")
+        return loss.make_value_estimator(gamma=problem.gamma), loss.value_loss
+    loss = CriticLoss(policy, model, next_action="dataset")
+    return loss.make_value_estimator(gamma=problem.gamma), loss.qvalue_loss
+
+
+def learnt_quantiles(model, observation: Tensor, action: Tensor) -> Tensor:
+    """Quantiles of the learnt laws, ``[S, Q, NUM_QUANTILES]``."""
+    if not isinstance(model, Critic):
+        return model.quantiles(observation, action, NUM_QUANTILES)
+    values, log_weights = model.law(model.outputs(observation, action))
+    weights = torch.full_like(values, 1 / values.shape[-1])
+    if log_weights is not None:
+        weights = log_weights.exp()
+    values, order = values.sort(-1)
+    cumulative = weights.gather(-1, order).cumsum(-1)
+    probability = (torch.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
+    probability = probability.expand(*cumulative.shape[:-1], -1).contiguous()
+    index = torch.searchsorted(cumulative, probability).clamp_max(values.shape[-1] - 1)
+    return values.gather(-1, index)
+
+
+@torch.no_grad()
+def measure(cfg: DictConfig, model, truth: Truth) -> dict[str, Tensor]:
+    """Errors of each seed ``[S]``, means over all pairs, in spreads of returns."""
+    pairs = all_pairs(truth.problem.num_states)
+    observation, action = (part.expand(cfg.num_seeds, -1, -1) for part in pairs)
+    distance = learnt_quantiles(model, observation, action) - truth.quantiles
+    errors = {"w1": distance.abs().mean((-2, -1)) / truth.scale}
+    for temperature, exact in truth.q_star.items():
+        value = model.q_star(observation, action, temperature * truth.scale, num_samples=64)
+        name = "mean_error" if math.isinf(temperature) else f"q_error_{temperature:g}"
+        errors[name] = (value - exact).abs().mean(-1) / truth.scale
+    return errors
+
+
+def study(cfg: DictConfig, name: str, method: str, bar: tqdm) -> list[dict]:
+    """Trains all seeds of a method on a problem; one row for each measurement and seed."""
+    torch.manual_seed(0)
+    problem = PROBLEMS[name]()
+    truth = Truth(problem, cfg.temperatures)
+    model = make_model(cfg, truth, method)
+    loss, value_loss = make_loss(model, problem, method)
+    updater = SoftUpdate(loss, tau=cfg.tau)
+    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, cfg.num_updates)
+    rows, seconds = [], 0.0
+    for update in range(1, cfg.num_updates + 1):
+        batch = problem.sample(cfg.num_seeds, cfg.batch_size)
+        start = time.perf_counter()
+        value, _ = value_loss(batch)
+        optimizer.zero_grad()
+        # The sum over seeds of their means: each seed trains as if it were alone.
+        (cfg.num_seeds * value).backward()
+        optimizer.step()
+        updater.step()
+        schedule.step()
+        seconds += time.perf_counter() - start
+        bar.update()
+        if update % cfg.interval == 0:
+            errors = measure(cfg, model, truth)
+            label = {"problem": name, "method": method, "updates": update, "seconds": seconds}
+            for seed in range(cfg.num_seeds):
+                values = {key: error[seed].item() for key, error in errors.items()}
+                rows.append({**label, "seed": seed, **values})
+    return rows
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """All rows so far; what was there before stays whole until it is replaced."""
+    partial = path.with_suffix(".part")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Curves of each method against updates: mean over seeds, and their range."""
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    columns = [key for key in rows[0] if key == "w1" or "error" in key]
+    size = (3.2 * len(columns), 2.8 * len(problems))
+    figure, axes = plt.subplots(len(problems), len(columns), figsize=size, squeeze=False)
+    for line, problem in zip(axes, problems):
+        for axis, column in zip(line, columns):
+            for method in dict.fromkeys(row["method"] for row in rows):
+                chosen = [r for r in rows if r["problem"] == problem and r["method"] == method]
+                updates = sorted({row["updates"] for row in chosen})
+                values = [[r[column] for r in chosen if r["updates"] == u] for u in updates]
+                means = [sum(v) / len(v) for v in values]
+                (curve,) = axis.plot(updates, means, label=method)
+                low, high = [min(v) for v in values], [max(v) for v in values]
+                axis.fill_between(updates, low, high, color=curve.get_color(), alpha=0.15)
+            axis.set(title=f"{problem}: {column}", xlabel="updates", yscale="log")
+    axes[0, 0].set_ylabel("spreads of returns")
+    axes[0, -1].legend(fontsize=7)
+    figure.tight_layout()
+    partial = path.with_suffix(".part")
+    figure.savefig(partial, format="png", dpi=130)
+    os.replace(partial, path)
+
+
+@hydra.main(config_path=".", config_name="value_study", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    torch.set_num_threads(cfg.num_threads)
+    output = Path(cfg.output or HydraConfig.get().runtime.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    pairs = [(name, method) for name in cfg.problems for method in cfg.methods]
+    rows = []
+    with tqdm(total=len(pairs) * cfg.num_updates, unit="update") as bar:
+        for name, method in pairs:
+            bar.set_description(f"{name}, {method}")
+            rows += study(cfg, name, method, bar)
+            write(rows, output / "value_study.csv")
+    plot(rows, output / "value_study.png")
+    tqdm.write(f"value_study.csv and value_study.png are in {output}")
+
+
+if __name__ == "__main__":
+    main()

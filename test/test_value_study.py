@@ -1,0 +1,101 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+from __future__ import annotations
+
+import importlib.util
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+RECIPE = Path(__file__).resolve().parents[1] / "sota-implementations" / "evor"
+sys.path.insert(0, str(RECIPE))
+
+import value_problems  # noqa: E402
+
+_has_hydra = importlib.util.find_spec("hydra") is not None
+
+
+def simulate(problem, state, right, size):
+    """Returns of rollouts from one pair, by the problem's own transitions."""
+    returns, discount = torch.zeros(size), torch.ones(size)
+    observation, action = value_problems.encode(
+        torch.full((size,), state), torch.full((size,), right), problem.num_states
+    )
+    pool = problem.sample(60000)
+    key = 2 * pool["observation"].argmax(-1) + (pool["action"].squeeze(-1) > 0)
+    rows = {k: (key == k).nonzero().squeeze(-1) for k in range(2 * problem.num_states)}
+    while discount.any():
+        index = 2 * observation.argmax(-1) + (action.squeeze(-1) > 0)
+        chosen = torch.empty(size, dtype=torch.long)
+        for k, candidates in rows.items():
+            mask = index == k
+            chosen[mask] = candidates[torch.randint(len(candidates), (int(mask.sum()),))]
+        step = pool[chosen]
+        returns += discount * step["next", "reward"].squeeze(-1)
+        discount = problem.gamma * discount * ~step["next", "terminated"].squeeze(-1)
+        observation, action = step["next", "observation"], step["next", "action"]
+    return returns
+
+
+@pytest.mark.parametrize("name", value_problems.PROBLEMS)
+def test_laws_agree_with_simulation(name):
+    problem = value_problems.PROBLEMS[name](num_states=3)
+    law = problem.law()
+    torch.testing.assert_close(law.weights.sum(-1), torch.ones(6, dtype=torch.float64))
+    exact = law.quantiles(100)
+    for pair in range(6):
+        returns = simulate(problem, pair // 2, pair % 2, 4000).sort().values
+        simulated = returns.reshape(100, 40).mean(-1).double()
+        _, scale = exact[pair].mean(), law.deviation()[pair]
+        distance = (simulated - exact[pair]).abs().mean()
+        assert distance < 0.1 * scale + 1e-5, (pair, distance)
+        for tau in (1.0, math.inf):
+            value = law.q_star(tau)[pair].item()
+            if math.isinf(tau):
+                estimate = returns.mean()
+            else:
+                estimate = tau * ((returns / tau).logsumexp(0) - math.log(len(returns)))
+            assert value == pytest.approx(estimate.item(), abs=0.12 * scale.item() + 1e-4)
+
+
+def test_mixture_by_hand():
+    law = value_problems.Mixture(
+        *(
+            torch.tensor([row], dtype=torch.float64)
+            for row in ([0.0, 4.0], [0.0, 0.0], [0.75, 0.25])
+        )
+    )
+    torch.testing.assert_close(
+        law.quantiles(4), torch.tensor([[0.0, 0.0, 0.0, 4.0]], dtype=torch.float64)
+    )
+    assert law.q_star(math.inf).item() == 1.0
+    assert law.q_star(2.0).item() == pytest.approx(2 * math.log(0.75 + 0.25 * math.exp(2)))
+    assert law.deviation().item() == pytest.approx(math.sqrt(3))
+    gaussian = value_problems.Mixture(*(torch.full((1, 1), x).double() for x in (1.0, 2.0, 1.0)))
+    assert gaussian.q_star(4.0).item() == pytest.approx(1 + 4 / (2 * 4))
+    # Quantiles 1/4 and 3/4 of a Gaussian lie 0.6745 deviations from its mean.
+    assert gaussian.quantiles(2).tolist()[0] == pytest.approx([1 - 1.349, 1 + 1.349], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _has_hydra, reason="needs hydra")
+def test_command(tmp_path):
+    options = ["num_updates=4", "interval=2", "num_seeds=2", f"output={tmp_path}"]
+    command = [sys.executable, str(RECIPE / "value_study.py"), *options]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    header, *rows = (tmp_path / "value_study.csv").read_text().splitlines()
+    assert header.startswith("problem,method,updates,seconds,seed,w1,mean_error,q_error_0.25")
+    # 2 problems, 8 methods, 2 measurements, 2 seeds
+    assert len(rows) == 2 * 8 * 2 * 2
+    assert all(float(value) >= 0 for row in rows for value in row.split(",")[2:])
+    assert (tmp_path / "value_study.png").stat().st_size > 0
+
+
+if __name__ == "__main__":
+    pytest.main([__file__, "-q"])
