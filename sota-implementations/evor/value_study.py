@@ -130,19 +130,17 @@ def measure(cfg: DictConfig, model, truth: Truth) -> dict[str, Tensor]:
     return errors
 
 
-def study(cfg: DictConfig, name: str, method: str, bar: tqdm) -> list[dict]:
+def study(cfg: DictConfig, name: str, truth: Truth, method: str, bar: tqdm) -> list[dict]:
     """Trains all seeds of a method on a problem; one row for each measurement and seed."""
     torch.manual_seed(0)
-    problem = PROBLEMS[name]()
-    truth = Truth(problem, cfg.temperatures)
     model = make_model(cfg, truth, method)
-    loss, value_loss = make_loss(model, problem, method)
+    loss, value_loss = make_loss(model, truth.problem, method)
     updater = SoftUpdate(loss, tau=cfg.tau)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, cfg.num_updates)
     rows, seconds = [], 0.0
     for update in range(1, cfg.num_updates + 1):
-        batch = problem.sample(cfg.num_seeds, cfg.batch_size)
+        batch = truth.problem.sample(cfg.num_seeds, cfg.batch_size)
         start = time.perf_counter()
         value, _ = value_loss(batch)
         optimizer.zero_grad()
@@ -202,13 +200,15 @@ def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.num_threads)
     output = Path(cfg.output or HydraConfig.get().runtime.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    pairs = [(name, method) for name in cfg.problems for method in cfg.methods]
+    num_runs = len(cfg.problems) * len(cfg.methods)
     rows = []
-    with tqdm(total=len(pairs) * cfg.num_updates, unit="update") as bar:
-        for name, method in pairs:
-            bar.set_description(f"{name}, {method}")
-            rows += study(cfg, name, method, bar)
-            write(rows, output / "value_study.csv")
+    with tqdm(total=num_runs * cfg.num_updates, unit="update") as bar:
+        for name in cfg.problems:
+            truth = Truth(PROBLEMS[name](), cfg.temperatures)
+            for method in cfg.methods:
+                bar.set_description(f"{name}, {method}")
+                rows += study(cfg, name, truth, method, bar)
+                write(rows, output / "value_study.csv")
     plot(rows, output / "value_study.png")
     tqdm.write(f"value_study.csv and value_study.png are in {output}")
 
