@@ -16,6 +16,7 @@ from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration
 from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 
 from torchrl_evor import EVORActor, FlowMatchingPolicy, ReturnFlow, VelocityMLP
+from torchrl_evor.modules.models import return_flow
 
 GREEDY = [ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN]
 SOFT = [None, ExplorationType.RANDOM]
@@ -222,6 +223,45 @@ class TestAnyPolicy:
         assert actor.in_keys == ["pixels", "observation"]
         data = observations(3).set("pixels", torch.zeros(3, 4))
         assert actor(data)["action"].shape == (3, 2)
+
+
+class TestBackend:
+    def test_triton_without_a_device(self):
+        if torch.cuda.is_available():
+            pytest.skip("there is a device")
+        with pytest.raises((RuntimeError, ValueError), match="backend='triton'"):
+            make_actor(backend="triton")(observations(4))
+
+    @pytest.mark.parametrize("tau_r", [0.0, 1.0, float("inf")])
+    def test_fast_path_equals_the_network_itself(self, tau_r):
+        """The split first layer, and any other network on the same weights."""
+        actor = make_actor(tau_r=tau_r, return_candidates=True)
+        data = observations(5)
+        torch.manual_seed(1)
+        fast = actor(data.clone())
+        network = actor.returns.velocity_network
+        actor.returns.velocity_network = nn.Sequential(nn.Identity(), network)  # not recognised
+        assert actor.returns.why_not_fused(data["observation"], fast["candidates"]) is not None
+        torch.manual_seed(1)
+        slow = actor(data.clone())
+        for key in actor.out_keys:
+            torch.testing.assert_close(fast[key], slow[key], atol=1e-5, rtol=1e-5)
+
+    def test_pieces_equal_the_whole(self, monkeypatch):
+        """Memory is bounded by working on few rows at a time, with the same values."""
+        actor = make_actor(return_candidates=True)
+        actor.returns.velocity_network = nn.Sequential(actor.returns.velocity_network)
+        data, rows = observations(5), []
+        torch.manual_seed(1)
+        whole = actor(data.clone())
+        monkeypatch.setattr(return_flow, "MAX_ROWS", 20)
+        network = actor.returns.velocity_network
+        network.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
+        torch.manual_seed(1)
+        pieces = actor(data.clone())
+        assert max(rows) <= 20 < 5 * 6 * 4
+        for key in actor.out_keys:
+            torch.testing.assert_close(pieces[key], whole[key])
 
 
 class TestShapes:
