@@ -83,6 +83,30 @@ def test_mixture_by_hand():
     assert gaussian.quantiles(2).tolist()[0] == pytest.approx([1 - 1.349, 1 + 1.349], abs=1e-3)
 
 
+def test_errors_by_hand():
+    truth = object.__new__(value_problems.ExactReturns)
+    truth.scale, truth.returns = 2.0, torch.tensor([[0.0, 4.0]])
+    truth.q_star = {math.inf: torch.tensor([2.0]), 0.5: torch.tensor([3.0])}
+    quantiles = torch.tensor([[[1.0, 3.0]], [[0.0, 4.0]]])
+    errors = truth.errors(quantiles, lambda tau: torch.full((2, 1), tau))
+    # Distances 1 and 1 of the first seed, none of the second; learnt Q* is tau itself.
+    assert errors["w1"].tolist() == [0.5, 0.0]
+    assert errors["q_error_0.5"].tolist() == [1.0, 1.0]  # |0.5 * 2 - 3| / 2
+    assert errors["mean_error"].isinf().all()
+
+
+def test_score_and_ranks_by_hand():
+    truth = object.__new__(value_problems.MonteCarloReturns)
+    truth.scale, truth.returns = 2.0, torch.tensor([[1.0], [3.0]])
+    # A point mass at 1 and a law of two points 0 and 4 for both returns.
+    quantiles = torch.tensor([[[1.0, 1.0]] * 2, [[0.0, 4.0]] * 2])
+    errors = truth.errors(quantiles, None)
+    # |1 - 1|, |3 - 1|; and (1 + 3) / 2 - E|X - X'| / 2 = 2 - 1 for both.
+    assert errors["crps"].tolist() == [0.5, 0.5]
+    # Ranks 0 and 1, and twice 0.5, against 0.25 and 0.75.
+    assert errors["rank_distance"].tolist() == [0.25, 0.25]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not _has_hydra, reason="needs hydra")
 def test_command(tmp_path):

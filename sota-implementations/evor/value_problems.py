@@ -2,18 +2,23 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Small problems whose laws of the return are known exactly."""
+"""Problems of policy evaluation, and what is known of their returns."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+
+from torchrl_evor import OGBenchExperienceReplay
+
+NUM_QUANTILES = 200
 
 
 @dataclass
@@ -189,3 +194,82 @@ class Fork:
 
 
 PROBLEMS = {"chain": Chain, "fork": Fork}
+
+
+class ExactReturns:
+    """A problem whose laws are known: errors of a learnt law are exact.
+
+    Args:
+        name (str): ``"chain"`` or ``"fork"``.
+        temperatures (list of float): of Q*, times the spread of returns.
+    """
+
+    def __init__(self, name: str, temperatures: list[float]) -> None:
+        problem = PROBLEMS[name]()
+        law = problem.law()
+        means = law.q_star(math.inf)
+        variance = law.deviation().square().mean() + means.var(correction=0)
+        self.gamma, self.sample = problem.gamma, problem.sample
+        self.loc, self.scale = means.mean().item(), variance.sqrt().item()
+        self.observation, self.action = all_pairs(problem.num_states)
+        self.returns = law.quantiles(NUM_QUANTILES)
+        self.q_star = {t: law.q_star(t * self.scale) for t in (math.inf, *temperatures)}
+
+    def errors(self, quantiles: Tensor, q_star: Callable[[float], Tensor]) -> dict[str, Tensor]:
+        """Mean errors over all pairs, ``[S]`` each, in spreads of returns.
+
+        Args:
+            quantiles (Tensor): of the learnt laws, ``[S, Q, NUM_QUANTILES]``.
+            q_star (Callable): learnt Q* ``[S, Q]`` at a temperature in reward units.
+        """
+        errors = {"w1": (quantiles - self.returns).abs().mean((-2, -1)) / self.scale}
+        for temperature, exact in self.q_star.items():
+            name = "mean_error" if math.isinf(temperature) else f"q_error_{temperature:g}"
+            error = (q_star(temperature * self.scale) - exact).abs().mean(-1)
+            errors[name] = error / self.scale
+        return errors
+
+
+class MonteCarloReturns:
+    """An OGBench task: one return of the data for each of many held-out pairs.
+
+    The law behind them is not known. The continuous ranked probability score
+    is lowest, in expectation, for the true law; how far the returns' ranks in
+    the learnt laws are from uniform tells whether these are too narrow, too
+    wide or out of place.
+
+    Args:
+        name (str): single-task dataset of OGBench.
+        gamma (float): discount per step.
+        n_step (int): steps of data rewards in a target.
+        num_rows (int, optional): held-out pairs. Defaults to ``1000``.
+        **data: options of :class:`OGBenchExperienceReplay`.
+    """
+
+    def __init__(self, name: str, gamma: float, n_step: int, num_rows: int = 1000, **data) -> None:
+        self.gamma = gamma
+        self.replay = OGBenchExperienceReplay(name, gamma=gamma, n_step=n_step, **data)
+        self.loc, self.scale = self.replay.return_statistics()
+        held_out = OGBenchExperienceReplay(name, gamma=gamma, split="val", **data)
+        rows = torch.linspace(0, len(held_out.transitions) - 1, num_rows).long()
+        self.observation = held_out.transitions["observation"][rows]
+        self.action = held_out.transitions["action"][rows]
+        self.returns = held_out.empirical_returns()[rows].unsqueeze(-1)
+
+    def sample(self, *batch: int) -> TensorDict:
+        """Windows of the training data."""
+        index = torch.randint(len(self.replay), (math.prod(batch),))
+        return self.replay[index].reshape(batch)
+
+    def errors(self, quantiles: Tensor, q_star: Callable[[float], Tensor]) -> dict[str, Tensor]:
+        """Score (in spreads of returns) and distance of ranks from uniform, ``[S]`` each."""
+        count = quantiles.shape[-1]
+        # Mean distance of two draws, from sorted quantiles.
+        order = (2 * torch.arange(count) + 1 - count) / count**2
+        score = (quantiles - self.returns).abs().mean(-1) - (order * quantiles).sum(-1)
+        rank = (quantiles < self.returns).double().mean(-1).sort(-1).values
+        uniform = (torch.arange(rank.shape[-1]) + 0.5) / rank.shape[-1]
+        return {
+            "crps": score.mean(-1) / self.scale,
+            "rank_distance": (rank - uniform).abs().mean(-1),
+        }

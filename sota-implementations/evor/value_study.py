@@ -2,11 +2,13 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What each TD target and each critic learns of the return, against exact laws.
+"""What TD targets and critics learn of the return, against exact laws or held-out returns.
 
-Rows hold, for each seed and measurement, means over all states and actions, in
-units of the spread of returns: the Wasserstein-1 distance of the law, the
-error of its mean and the errors of Q* at several temperatures.
+Rows hold, for each seed and measurement, means over states and actions. Where
+laws are known, in units of the spread of returns: the Wasserstein-1 distance
+of the law, the error of its mean and the errors of Q* at several temperatures.
+On OGBench tasks: the continuous ranked probability score against returns of
+held-out data, and how far their ranks are from uniform.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torchrl.objectives import SoftUpdate
 from tqdm import tqdm
-from value_problems import PROBLEMS, Problem, all_pairs
+from value_problems import NUM_QUANTILES, PROBLEMS, ExactReturns, MonteCarloReturns
 
 from torchrl_evor import (
     CategoricalCritic,
@@ -45,28 +47,24 @@ from torchrl_evor.modules.functional import TD_TARGETS
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-NUM_QUANTILES = 200
+LABELS = ("problem", "method", "updates", "seconds", "seed")
+Truth = ExactReturns | MonteCarloReturns
 
 
-class Truth:
-    """A problem, what is exact about its returns, and their units."""
-
-    def __init__(self, problem: Problem, temperatures: list[float]) -> None:
-        self.problem = problem
-        law = problem.law()
-        means = law.q_star(math.inf)
-        variance = law.deviation().square().mean() + means.var(correction=0)
-        self.loc, self.scale = means.mean().item(), variance.sqrt().item()
-        self.quantiles = law.quantiles(NUM_QUANTILES)
-        self.q_star = {t: law.q_star(t * self.scale) for t in (math.inf, *temperatures)}
+def make_truth(cfg: DictConfig, name: str) -> Truth:
+    """A problem by its name: ``"chain"``, ``"fork"``, or a single-task dataset of OGBench."""
+    if name in PROBLEMS:
+        return ExactReturns(name, cfg.temperatures)
+    return MonteCarloReturns(name, **cfg.ogbench)
 
 
 def make_model(cfg: DictConfig, truth: Truth, method: str):
     """The model of the return for all seeds, in normalised units."""
     units = {"loc": truth.loc, "scale": truth.scale}
-    z = (truth.quantiles - truth.loc) / truth.scale
+    z = (truth.returns - truth.loc) / truth.scale
     support = {"low": z.min().item() - 0.5, "high": z.max().item() + 0.5}
-    inputs, atoms = truth.problem.num_states + 1, {"num_atoms": cfg.num_atoms}
+    inputs = truth.observation.shape[-1] + truth.action.shape[-1]
+    atoms = {"num_atoms": cfg.num_atoms}
 
     def stack(in_features: int, out_features: int = 1) -> StackedVelocityMLP:
         return StackedVelocityMLP(
@@ -90,14 +88,14 @@ def make_model(cfg: DictConfig, truth: Truth, method: str):
     raise ValueError(f"methods must be TD targets or critics, got {method!r}.")
 
 
-def make_loss(model, problem: Problem, method: str):
+def make_loss(model, truth: Truth, method: str):
     """The loss and its value term; the policy is there for form's sake and is not trained."""
-    policy = FlowMatchingPolicy(VelocityMLP(problem.num_states + 2, 1, hidden_sizes=(1,)), 1)
+    policy = FlowMatchingPolicy(VelocityMLP(3, 1, hidden_sizes=(1,)), 1)
     if method in TD_TARGETS:
         loss = EVORLoss(policy, model, td_target=method, next_action="dataset")
-        return loss.make_value_estimator(gamma=problem.gamma), loss.value_loss
+        return loss.make_value_estimator(gamma=truth.gamma), loss.value_loss
     loss = CriticLoss(policy, model, next_action="dataset")
-    return loss.make_value_estimator(gamma=problem.gamma), loss.qvalue_loss
+    return loss.make_value_estimator(gamma=truth.gamma), loss.qvalue_loss
 
 
 def learnt_quantiles(model, observation: Tensor, action: Tensor) -> Tensor:
@@ -118,29 +116,24 @@ def learnt_quantiles(model, observation: Tensor, action: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(cfg: DictConfig, model, truth: Truth) -> dict[str, Tensor]:
-    """Errors of each seed ``[S]``, means over all pairs, in spreads of returns."""
-    pairs = all_pairs(truth.problem.num_states)
-    observation, action = (part.expand(cfg.num_seeds, -1, -1) for part in pairs)
-    distance = learnt_quantiles(model, observation, action) - truth.quantiles
-    errors = {"w1": distance.abs().mean((-2, -1)) / truth.scale}
-    for temperature, exact in truth.q_star.items():
-        value = model.q_star(observation, action, temperature * truth.scale, num_samples=64)
-        name = "mean_error" if math.isinf(temperature) else f"q_error_{temperature:g}"
-        errors[name] = (value - exact).abs().mean(-1) / truth.scale
-    return errors
+    """Errors of each seed, ``[S]``."""
+    observation = truth.observation.expand(cfg.num_seeds, -1, -1)
+    action = truth.action.expand(cfg.num_seeds, -1, -1)
+    quantiles = learnt_quantiles(model, observation, action)
+    return truth.errors(quantiles, lambda tau: model.q_star(observation, action, tau, 64))
 
 
 def study(cfg: DictConfig, name: str, truth: Truth, method: str, bar: tqdm) -> list[dict]:
     """Trains all seeds of a method on a problem; one row for each measurement and seed."""
     torch.manual_seed(0)
     model = make_model(cfg, truth, method)
-    loss, value_loss = make_loss(model, truth.problem, method)
+    loss, value_loss = make_loss(model, truth, method)
     updater = SoftUpdate(loss, tau=cfg.tau)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, cfg.num_updates)
     rows, seconds = [], 0.0
     for update in range(1, cfg.num_updates + 1):
-        batch = truth.problem.sample(cfg.num_seeds, cfg.batch_size)
+        batch = truth.sample(cfg.num_seeds, cfg.batch_size)
         start = time.perf_counter()
         value, _ = value_loss(batch)
         optimizer.zero_grad()
@@ -164,7 +157,7 @@ def write(rows: list[dict], path: Path) -> None:
     """All rows so far; what was there before stays whole until it is replaced."""
     partial = path.with_suffix(".part")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
     os.replace(partial, path)
@@ -172,23 +165,27 @@ def write(rows: list[dict], path: Path) -> None:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Curves of each method against updates: mean over seeds, and their range."""
-    problems = list(dict.fromkeys(row["problem"] for row in rows))
-    columns = [key for key in rows[0] if key == "w1" or "error" in key]
-    size = (3.2 * len(columns), 2.8 * len(problems))
-    figure, axes = plt.subplots(len(problems), len(columns), figsize=size, squeeze=False)
-    for line, problem in zip(axes, problems):
-        for axis, column in zip(line, columns):
-            for method in dict.fromkeys(row["method"] for row in rows):
-                chosen = [r for r in rows if r["problem"] == problem and r["method"] == method]
-                updates = sorted({row["updates"] for row in chosen})
-                values = [[r[column] for r in chosen if r["updates"] == u] for u in updates]
-                means = [sum(v) / len(v) for v in values]
-                (curve,) = axis.plot(updates, means, label=method)
-                low, high = [min(v) for v in values], [max(v) for v in values]
-                axis.fill_between(updates, low, high, color=curve.get_color(), alpha=0.15)
-            axis.set(title=f"{problem}: {column}", xlabel="updates", yscale="log")
-    axes[0, 0].set_ylabel("spreads of returns")
-    axes[0, -1].legend(fontsize=7)
+    panels = {}
+    for row in rows:
+        measured = [key for key in row if key not in LABELS]
+        panels.update({(row["problem"], key): None for key in measured})
+    columns = min(5, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    size = (3.2 * columns, 2.8 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for axis, (problem, column) in zip(axes.flat, panels):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            chosen = [r for r in rows if r["problem"] == problem and r["method"] == method]
+            updates = sorted({row["updates"] for row in chosen})
+            values = [[r[column] for r in chosen if r["updates"] == u] for u in updates]
+            (curve,) = axis.plot(updates, [sum(v) / len(v) for v in values], label=method)
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            axis.fill_between(updates, low, high, color=curve.get_color(), alpha=0.15)
+        axis.set_title(f"{problem.split('-singletask')[0]}: {column}", fontsize=8)
+        axis.set(xlabel="updates", yscale="log")
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    axes[0, 0].legend(fontsize=6)
     figure.tight_layout()
     partial = path.with_suffix(".part")
     figure.savefig(partial, format="png", dpi=130)
@@ -204,7 +201,7 @@ def main(cfg: DictConfig) -> None:
     rows = []
     with tqdm(total=num_runs * cfg.num_updates, unit="update") as bar:
         for name in cfg.problems:
-            truth = Truth(PROBLEMS[name](), cfg.temperatures)
+            truth = make_truth(cfg, name)
             for method in cfg.methods:
                 bar.set_description(f"{name}, {method}")
                 rows += study(cfg, name, truth, method, bar)
