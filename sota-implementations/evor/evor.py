@@ -41,11 +41,10 @@ def main(cfg: DictConfig) -> None:
             with timeit("sample"):
                 batch = data.sample().to(device)
             with timeit("update"):
-                losses = update(batch)
-            run.step += 1
+                run.add(update(batch))
             bar.update()
             if run.due(cfg.logger.interval):
-                bar.set_postfix(run.log_losses(losses))
+                bar.set_postfix(run.log_losses())
             if run.due(cfg.checkpoint.interval):
                 run.save()
             if run.due(cfg.eval.interval) and run.step < cfg.optim.num_updates:

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
@@ -60,16 +61,17 @@ def reward_to_go(
 
     Around each state, the returns that the data earn from its nearest
     neighbours are compared with the law learnt for the same neighbours.
-    Returns cut off by the end of a trajectory are left out.
+    Transitions near the end of a trajectory, whose return is not known, are
+    left out.
     """
     transitions = data.transitions
-    windows = make_windows(transitions, len(transitions), 1, gamma)
-    complete = windows.terminated | (gamma ** (windows.end - windows.start + 1) < 0.05)
-    rows = windows.start[complete]
+    windows = make_windows(transitions, 1, 1, gamma)
+    # By position alone: to keep whatever has terminated would favour good returns.
+    rows = windows.start[gamma ** (windows.last - windows.start + 1) < 0.05]
     if len(rows) < num_neighbours:
         return
     observation, action = transitions["observation"][rows], transitions["action"][rows]
-    returns = windows.reward[complete]
+    returns = data.empirical_returns(gamma)[rows]
     device = actor.returns.loc.device
 
     def law(index: Tensor, num_quantiles: int) -> Tensor:
@@ -118,13 +120,16 @@ def maze(
     device = actor.returns.loc.device
     values = chooser(observation=observation.to(device))[1].squeeze(-1).cpu()
     figure, axis = plt.subplots(figsize=(6, 5.2))
-    dots = axis.scatter(*observation[:, :2].T, c=values, s=9, cmap="viridis", lw=0)
+    # Returns saturate far from the goal; the map spreads what differs there.
+    norm = PowerNorm(0.4, values.min().item(), values.max().item())
+    dots = axis.scatter(*observation[:, :2].T, c=values, s=9, cmap="viridis", norm=norm, lw=0)
     figure.colorbar(dots, label="Q* of the chosen action (discounted return)")
     _draw_walls(axis, env_name)
     for trace in episodes["trace", "observation"][:num_paths]:
         axis.plot(*trace[:, :2].T, color=PATH, lw=1, alpha=0.8)
     rate = episodes["success"].double().mean().item()
-    axis.set(aspect="equal", xticks=[], yticks=[])
+    axis.set(aspect="equal")
+    axis.axis("off")
     axis.set_title(f"{env_name}\nsuccess {rate:.2f} over {len(episodes)} episodes", fontsize=10)
     _save(figure, path)
 

@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from scipy.stats import binomtest
 from tensordict import TensorDictBase
+from torchrl._utils import timeit
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
@@ -174,6 +175,7 @@ class Run:
         self.output = output
         self.step = 0
         self.history: dict[str, list] = {"train": [], "eval": []}
+        self._sum, self._count = None, 0
         self._modules = {"loss": loss, "updater": updater, "optimizer": optimizer}
         kwargs = {"wandb_kwargs": {"project": cfg.logger.project, "mode": cfg.logger.mode}}
         backend = "" if cfg.logger.backend == "none" else cfg.logger.backend
@@ -183,10 +185,21 @@ class Run:
         """Whether something done every ``interval`` updates is due now; 0 is never."""
         return interval > 0 and self.step % interval == 0
 
-    def log_losses(self, losses: TensorDictBase) -> dict[str, float]:
-        """Logs the losses of the current update."""
-        row = {name: value.item() for name, value in losses.items()}
+    def add(self, losses: TensorDictBase) -> None:
+        """Counts one update; its losses stay on their device until they are logged."""
+        self.step += 1
+        self._count += 1
+        self._sum = losses if self._sum is None else self._sum + losses
+
+    def log_losses(self) -> dict[str, float]:
+        """Logs the mean losses of the updates since the last call."""
+        row = {name: value.item() / self._count for name, value in self._sum.items()}
+        self._sum, self._count = None, 0
         self._log("train", row)
+        if self.logger is not None:
+            for name, seconds in timeit.todict(prefix="seconds").items():
+                self.logger.log_scalar(name, seconds, step=self.step)
+        timeit.erase()
         return {name: f"{value:.3g}" for name, value in row.items()}
 
     def log_episodes(self, episodes: TensorDictBase) -> str:
