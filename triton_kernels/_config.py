@@ -12,7 +12,12 @@ import torch
 
 from ._launch import LayerConfig, LoopConfig
 
-__all__ = ["choose", "num_programs"]
+__all__ = ["choose", "is_fastest", "num_programs"]
+
+# Rows, from and to, between which the kernels were measured as faster than compiled PyTorch with
+# CUDA graphs, by precision and largest width. Empty: nothing has been measured yet, so that "auto"
+# takes PyTorch. `benchmarks/ad_hoc/kernel_bench.py` prints what belongs here.
+_FASTEST: dict[tuple[str, int], tuple[int, int]] = {}
 
 # Rows up to which the loop design is taken outside of CUDA graphs: one launch instead of dozens.
 _LOOP_ROWS = 4096
@@ -42,6 +47,18 @@ def _loop_config(precision: str, rows: int, widths: tuple[int, ...]) -> LoopConf
 
 def _loop_fits(widths: tuple[int, ...]) -> bool:
     return len(set(widths)) == 1
+
+
+def is_fastest(widths: tuple[int, ...], precision: str, rows: int) -> bool:
+    """Whether a measurement says that the kernels are the fastest path for this call.
+
+    Args:
+        widths (tuple of int): hidden widths.
+        precision (str): operands of the products.
+        rows (int): states times candidates times nodes.
+    """
+    first, last = _FASTEST.get((precision, max(widths)), (1, 0))
+    return first <= rows <= last
 
 
 def choose(

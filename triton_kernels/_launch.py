@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _evor_select as kernels
+from ._select_kernel import _select_kernel
 from .packing import split_tensors
 
 __all__ = ["LayerConfig", "LoopConfig", "pack_weights", "sample_z", "select", "TritonWeights"]
@@ -355,7 +356,7 @@ def select(
     average = "max" if tau_r == 0 else "mean" if math.isinf(tau_r) else "lse"
     block_p = min(triton_next_power_of_two(num_candidates), 32)
     with device_guard(z):
-        kernels._select_kernel[(states,)](
+        _select_kernel[(states,)](
             z,
             z if log_weights is None else log_weights,
             z if gumbel is None else gumbel,

@@ -31,11 +31,10 @@ def base_of(folded: FoldedVelocity, observation: Tensor, action: Tensor) -> Tens
 def _next_layer(g: Tensor, folded: FoldedVelocity, index: int, eps: float) -> Tensor:
     """Pre-activation of the layer after ``g``, in the dtype of the bias."""
     weight, bias = folded.weights[index], folded.biases[index]
-    if eps < 0:
-        return F.linear(g.to(weight.dtype), weight, bias.to(weight.dtype)).to(bias.dtype)
-    var, mean = torch.var_mean(g, -1, correction=0, keepdim=True)
-    product = F.linear(g.to(weight.dtype), weight).to(bias.dtype)
-    return torch.rsqrt(var + eps) * (product - mean * folded.row_sums[index]) + bias
+    if eps >= 0:
+        # Scale and shift of the LayerNorm are in the weight and the bias.
+        g = F.layer_norm(g, g.shape[-1:], eps=eps)
+    return F.linear(g.to(weight.dtype), weight, bias.to(weight.dtype)).to(bias.dtype)
 
 
 def folded_sample(

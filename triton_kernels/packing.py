@@ -33,8 +33,8 @@ class FoldedVelocity(NamedTuple):
     """Weights of a velocity MLP with its LayerNorms folded into the linear maps that follow them.
 
     With ``g`` the activations of a layer, ``mu`` and ``rstd`` their statistics, the next
-    pre-activation is ``rstd * (g @ weight.T - mu * row_sum) + bias``; without LayerNorm ``g @
-    weight.T + bias``.
+    pre-activation is ``((g - mu) * rstd) @ weight.T + bias``; without LayerNorm ``g @ weight.T +
+    bias``.
     """
 
     first_weight: Tensor  # [H, obs + act], the columns of observation and action
@@ -42,7 +42,6 @@ class FoldedVelocity(NamedTuple):
     first_t: Tensor  # [H], the column of t
     first_bias: Tensor  # [H]
     weights: tuple[Tensor, ...]  # L - 1 of [H, H], then the head [1, H]
-    row_sums: tuple[Tensor, ...]  # one [out] per entry of weights, empty without LayerNorm
     biases: tuple[Tensor, ...]  # one [out] per entry of weights
 
 
@@ -231,23 +230,20 @@ def fold(tensors: list[Tensor | None], layer_norm: bool, dtype: torch.dtype | No
     Args:
         tensors (list): from :meth:`PackedVelocity.tensors`.
         layer_norm (bool): whether LayerNorms follow the linear maps in ``tensors``.
-        dtype (torch.dtype, optional): dtype of the ``weights`` in the result; row sums are those of
-            the rounded weights, so that the mean cancels exactly.
+        dtype (torch.dtype, optional): dtype of the ``weights`` in the result.
 
     Returns:
         FoldedVelocity: tensors without gradient history if called under ``no_grad``.
     """
     linears, norms = split_tensors(tensors, layer_norm)
     (first, first_bias), rest = linears[0], linears[1:]
-    weights, row_sums, biases = [], [], []
+    weights, biases = [], []
     for index, (weight, bias) in enumerate(rest):
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
         gamma, beta = norms[index] if layer_norm else (None, None)
         biases.append(bias if beta is None else torch.addmv(bias, weight, beta))
         weight = weight if gamma is None else weight * gamma
         weights.append(weight if dtype is None else weight.to(dtype))
-        if layer_norm:
-            row_sums.append(weights[-1].sum(-1, dtype=bias.dtype))
     first_bias = first.new_zeros(first.shape[0]) if first_bias is None else first_bias
     return FoldedVelocity(
         first[:, :-2],
@@ -255,6 +251,5 @@ def fold(tensors: list[Tensor | None], layer_norm: bool, dtype: torch.dtype | No
         first[:, -1].contiguous(),
         first_bias,
         tuple(weights),
-        tuple(row_sums),
         tuple(biases),
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _kernel_cases import Case, assert_matches, relative_error
-from torchrl_evor.triton_kernels import _config, _launch, evor_select, ops, sample_returns
+from torchrl_evor.triton_kernels import _config, _dispatch, _launch, evor_select, sample_returns
 
 LAYERED = {
     "16x16": _launch.LayerConfig(16, 16, 16, 4, 1, rows=32),
@@ -33,10 +33,10 @@ def poisoned_memory():
 
 @pytest.fixture
 def use_tile(monkeypatch):
-    monkeypatch.setattr(ops, "why_no_triton", lambda *_: None)
+    monkeypatch.setattr(_dispatch, "why_no_triton", lambda *_: None)
     monkeypatch.setattr(_config, "num_programs", lambda _: 2)
     # Selection takes the kernel where the tensors are on the device.
-    monkeypatch.setattr(ops, "_selects_on_device", lambda z, backend: z.numel() > 0)
+    monkeypatch.setattr(_dispatch, "_selects_on_device", lambda z, backend: z.numel() > 0)
     return lambda tile: monkeypatch.setattr(_config, "choose", lambda *_: tile)
 
 

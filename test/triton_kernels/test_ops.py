@@ -15,6 +15,7 @@ from _kernel_cases import TOLERANCE, Case, assert_matches, make_mlp, relative_er
 from tensordict import TensorDict
 from torch import nn
 from torchrl_evor.triton_kernels import (
+    _dispatch,
     evor_select,
     ops,
     pack_velocity_mlp,
@@ -202,10 +203,10 @@ class TestCustomOperator:
         tensors = [tensor.detach() for tensor in case.packed.tensors()]
         sampler = (tensors, "gelu_tanh", 1e-6, 3)
         inputs = (case.observation, case.action, case.noise)
-        torch.library.opcheck(ops._sample_op, (*inputs, *sampler, "torch", ""))
+        torch.library.opcheck(ops._sample_op, (*inputs, *sampler, "torch", "", 0.0))
         loc, scale = torch.zeros(()), torch.ones(())
         for samples in (False, True):
-            options = (0.7, 0.5, samples, "torch", "")
+            options = (0.7, 0.5, samples, "torch", "", 0.0)
             reads = (*inputs, case.gumbel, None, loc, scale, *sampler, *options)
             torch.library.opcheck(ops._select_op, reads)
 
@@ -331,12 +332,12 @@ class TestBadInput:
     def test_triton_where_it_cannot_run(self, backend, monkeypatch):
         with pytest.raises(RuntimeError, match="CUDA device"):
             _run(Case(2, 3, 4, (16, 16)), backend=backend)
-        monkeypatch.setattr(ops, "_has_triton", False)
+        monkeypatch.setattr(_dispatch, "_has_triton", False)
         with pytest.raises(RuntimeError, match="triton is not installed"):
             _run(Case(2, 3, 4, (16, 16)), backend=backend)
 
     def test_reasons_of_the_device_side(self, monkeypatch):
-        monkeypatch.setattr(ops, "_has_triton", True)
+        monkeypatch.setattr(_dispatch, "_has_triton", True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
         cuda = torch.device("cuda", 0)
         assert why_no_triton((512, 512), torch.float32, cuda, 64) is None

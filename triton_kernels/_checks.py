@@ -1,0 +1,99 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Checks of what the public functions are given; every error names the argument."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Backend",
+    "check_kinds",
+    "check_optional",
+    "check_options",
+    "check_temperatures",
+    "check_tensors",
+    "Precision",
+]
+
+Backend = Literal["auto", "torch", "triton", "triton_layered", "triton_loop"]
+Precision = Literal["fp16", "bf16", "tf32", "tf32x3", "ieee"]
+BACKENDS = ("auto", "torch", "triton", "triton_layered", "triton_loop")
+PRECISIONS = ("fp16", "bf16", "tf32", "tf32x3", "ieee")
+
+
+def check_tensors(packed, observation: Tensor, action: Tensor, noise: Tensor) -> None:
+    batch = observation.shape[:-1]
+    if observation.shape[-1] != packed.observation_dim:
+        raise ValueError(
+            f"observation has shape {tuple(observation.shape)}, expected [*B, obs] with obs ="
+            f" {packed.observation_dim}."
+        )
+    if action.shape[:-2] != batch or action.shape[-1] != packed.action_dim or action.ndim < 2:
+        raise ValueError(
+            f"action has shape {tuple(action.shape)}, expected [*B, P, act] with *B ="
+            f" {tuple(batch)} and act = {packed.action_dim}."
+        )
+    if action.shape[-2] < 1 or noise.ndim < 1 or noise.shape[-1] < 1:
+        raise ValueError(
+            f"expected at least one candidate and one node, got action {tuple(action.shape)} and"
+            f" noise {tuple(noise.shape)}."
+        )
+    if noise.ndim > 1 and noise.shape[:-1] != action.shape[:-1]:
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}, expected [N] or [*B, P, N] with [*B, P] ="
+            f" {list(action.shape[:-1])}."
+        )
+
+
+def check_optional(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}.")
+
+
+def check_kinds(tensors: list[Tensor | None], named: dict[str, Tensor | None]) -> None:
+    """Devices, dtypes and gradients: the kernels read raw memory and have no backward."""
+    parameter = tensors[0]
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tensor.device != parameter.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, the network's parameters on {parameter.device}."
+            )
+        if name in ("observation", "action") and tensor.dtype != parameter.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, the parameters are {parameter.dtype}.")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, expected a floating dtype.")
+    everything = [*named.values(), *tensors]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in everything):
+        raise RuntimeError(
+            "the fused path has no backward, and an input or a parameter requires grad: call it"
+            " under torch.no_grad()."
+        )
+
+
+def check_options(num_steps: int, backend: str, precision: str | None, tolerance: float) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS} or None, got {precision!r}.")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must be in [0, 1), got {tolerance}.")
+
+
+def check_temperatures(tau_r: float, tau_q: float, gumbel: Tensor | None) -> None:
+    if math.isnan(tau_r) or tau_r < 0:
+        raise ValueError(f"tau_r must be in [0, inf], got {tau_r}.")
+    if math.isnan(tau_q) or tau_q < 0 or math.isinf(tau_q):
+        raise ValueError(f"tau_q must be in [0, inf), got {tau_q}.")
+    if tau_q > 0 and gumbel is None:
+        raise ValueError("gumbel is needed when tau_q > 0: standard Gumbel noise [*B, P].")

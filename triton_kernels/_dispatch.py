@@ -1,0 +1,237 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""One call on the backend that was asked for, or on the fastest measured one."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ._cpu_path import cpu_sample, cpu_weights
+from ._torch_path import folded_sample
+from .packing import FrozenVelocity, fold
+from .reference import choose_candidate, q_star
+
+__all__ = ["sample", "select", "value_dtype", "why_no_triton"]
+
+_has_triton = importlib.util.find_spec("triton") is not None
+
+_PRECISION_OF_MATMUL = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
+_PRECISION_OF_DTYPE = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_MAX_ROWS = 2**31 - 2**20  # 32-bit row indices, less the largest tile
+_MAX_WIDTH = 1024
+
+
+def why_no_triton(
+    widths: tuple[int, ...], dtype: torch.dtype, device: torch.device, rows: int
+) -> str | None:
+    """The reason why the Triton kernels cannot run, or ``None`` if they can.
+
+    Args:
+        widths (tuple of int): hidden widths of the velocity network.
+        dtype (torch.dtype): dtype of its parameters.
+        device (torch.device): where the tensors are.
+        rows (int): states times candidates times nodes.
+
+    Examples:
+        >>> why_no_triton((512, 512), torch.float32, torch.device("cpu"), 64) is None
+        False
+    """
+    if not _has_triton:
+        return "the package triton is not installed"
+    if device.type != "cuda":
+        return f"the tensors are on {device}, the kernels need a CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0 or later"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the parameters are {dtype}, expected float32, float16 or bfloat16"
+    if max(widths) > _MAX_WIDTH:
+        return f"the hidden widths are {widths}, the kernels take up to {_MAX_WIDTH}"
+    if rows > _MAX_ROWS:
+        return f"{rows} rows exceed the {_MAX_ROWS} that 32-bit indices address"
+    return None
+
+
+def _resolve_backend(backend: str, tensors, eps, action, noise, precision: str) -> str:
+    """``"torch"``, ``"triton"`` or one design of it, for one call."""
+    if backend == "torch":
+        return backend
+    widths, dtype = _widths(tensors, eps), tensors[0].dtype
+    rows = action.shape[0] * action.shape[1] * noise.shape[-1]
+    reason = why_no_triton(widths, dtype, action.device, rows)
+    if backend == "auto":
+        return "torch" if reason is not None else _fastest(widths, dtype, rows, precision)
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} is not available: {reason}.")
+    return backend
+
+
+def _fastest(widths: tuple[int, ...], dtype: torch.dtype, rows: int, precision: str) -> str:
+    from . import _config
+
+    measured = _config.is_fastest(widths, _resolve_precision(precision, dtype), rows)
+    return "triton" if measured else "torch"
+
+
+def _resolve_precision(precision: str, dtype: torch.dtype) -> str:
+    if precision:
+        return precision
+    matmul = torch.get_float32_matmul_precision()
+    return _PRECISION_OF_DTYPE.get(dtype, _PRECISION_OF_MATMUL[matmul])
+
+
+def _triton_z(
+    packed, tensors, eps, activation, observation, action, noise, num_steps, backend, precision
+):
+    # The kernels' module imports triton, which is optional.
+    from . import _config, _launch
+
+    precision = _resolve_precision(precision, tensors[0].dtype)
+    widths = _widths(tensors, eps)
+    rows = action.shape[0] * action.shape[1] * noise.shape[-1]
+    config = _config.choose(backend, widths, precision, rows, action.device)
+    weights = _cached(
+        packed,
+        ("triton", precision, isinstance(config, _launch.LoopConfig)),
+        lambda: _launch.pack_weights(
+            tensors, eps >= 0, precision, isinstance(config, _launch.LoopConfig)
+        ),
+    )
+    if noise.ndim > 1:
+        noise = noise.expand(*action.shape[:2], noise.shape[-1])
+    return _launch.sample_z(
+        weights,
+        observation.contiguous(),
+        action.contiguous(),
+        noise.contiguous().view(-1),
+        noise.shape[-1],
+        num_steps=num_steps,
+        activation=activation,
+        eps=eps,
+        precision=precision,
+        config=config,
+        programs=_config.num_programs(action.device),
+    )
+
+
+def value_dtype(tensor: Tensor) -> torch.dtype:
+    """Values are at least float32, whatever the network is in."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _cached(packed, key, make):
+    """Layouts of a frozen view are kept, those of a live view are made anew."""
+    if not isinstance(packed, FrozenVelocity):
+        return make()
+    if key not in packed.cache:
+        packed.cache[key] = make()
+    return packed.cache[key]
+
+
+def _widths(tensors: list[Tensor | None], eps: float) -> tuple[int, ...]:
+    pairs = len(tensors) // 2
+    num_linear = (pairs + 1) // 2 if eps >= 0 else pairs
+    return tuple(tensor.shape[0] for tensor in tensors[: 2 * num_linear - 2 : 2])
+
+
+def _torch_z(packed, tensors, eps, activation, observation, action, noise, num_steps, tolerance):
+    reads = (observation, action, noise, num_steps)
+    if action.is_cpu and action.dtype in (torch.float32, torch.float64):
+        weights = _cached(
+            packed,
+            ("cpu", torch.get_num_threads()),
+            lambda: cpu_weights(fold(tensors, eps >= 0), action.shape[-1], activation, eps),
+        )
+        return cpu_sample(weights, *reads, tolerance)
+    folded = _cached(packed, ("torch",), lambda: fold(tensors, eps >= 0))
+    return folded_sample(folded, activation, eps, *reads)
+
+
+def _sample(
+    packed,
+    observation: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    tensors: list[Tensor | None],
+    activation: str,
+    eps: float,
+    num_steps: int,
+    backend: str,
+    precision: str,
+    tolerance: float,
+) -> Tensor:
+    """End points ``[S, P, N]`` on a resolved backend; ``packed`` may hold a cache."""
+    if action.shape[0] == 0:
+        shape = (*action.shape[:2], noise.shape[-1])
+        return action.new_empty(shape, dtype=value_dtype(action))
+    reads = (packed, tensors, eps, activation, observation, action, noise, num_steps)
+    if backend == "torch":
+        return _torch_z(*reads, tolerance)
+    return _triton_z(*reads, backend, precision)
+
+
+def sample(
+    packed,
+    observation,
+    action,
+    noise,
+    tensors,
+    activation,
+    eps,
+    num_steps,
+    backend,
+    precision,
+    tolerance,
+):
+    backend = _resolve_backend(backend, tensors, eps, action, noise, precision)
+    sampler = (tensors, activation, eps, num_steps, backend, precision, tolerance)
+    return _sample(packed, observation, action, noise, *sampler)
+
+
+def _select_torch(z, action, gumbel, log_weights, loc, scale, tau_r, tau_q, return_samples):
+    returns = loc + scale * z
+    q = q_star(returns, tau_r, log_weights)
+    index = choose_candidate(q, gumbel, tau_q).unsqueeze(-1)
+    chosen = action.gather(1, index.unsqueeze(-1).expand(-1, -1, action.shape[-1])).squeeze(1)
+    value = q.gather(1, index).squeeze(1)
+    return chosen, value, q, returns if return_samples else returns.new_empty(0)
+
+
+def _selects_on_device(z: Tensor, backend: str) -> bool:
+    runs = z.is_cuda and backend != "torch" and _has_triton
+    return runs and z.dtype == torch.float32 and z.numel() > 0
+
+
+def select(
+    packed,
+    observation: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    gumbel: Tensor | None,
+    log_weights: Tensor | None,
+    loc: Tensor,
+    scale: Tensor,
+    tensors: list[Tensor | None],
+    activation: str,
+    eps: float,
+    num_steps: int,
+    tau_r: float,
+    tau_q: float,
+    return_samples: bool,
+    backend: str,
+    precision: str,
+    tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backend = _resolve_backend(backend, tensors, eps, action, noise, precision)
+    sampler = (tensors, activation, eps, num_steps, backend, precision, tolerance)
+    z = _sample(packed, observation, action, noise, *sampler)
+    reads = (z, action.contiguous(), gumbel, log_weights, loc, scale, tau_r, tau_q, return_samples)
+    if not _selects_on_device(z, backend):
+        return _select_torch(*reads)
+    from . import _launch
+
+    return _launch.select(*reads)

@@ -1,0 +1,138 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Triton kernel of the choice: values of all candidates from their samples, Gumbel-max, gather."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _node_average(
+    z_ptr,
+    returns_ptr,
+    log_weight_ptr,
+    rows,  # [BLOCK_P], offset of each candidate's first node
+    live,  # [BLOCK_P]
+    num_nodes,
+    loc,
+    scale,
+    tau_r,
+    log_nodes,
+    AVERAGE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    RETURNS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Value of each candidate, by an online log-sum-exp over its nodes; NaN if one of them is."""
+    top = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_P], tl.float32)
+    broken = tl.zeros([BLOCK_P], tl.int32)
+    for start in range(0, num_nodes, BLOCK_N):
+        nodes = start + tl.arange(0, BLOCK_N)
+        mask = live[:, None] & (nodes < num_nodes)[None, :]
+        offsets = rows[:, None] + nodes[None, :]
+        returns = loc + scale * tl.load(z_ptr + offsets, mask, other=0.0)
+        broken += tl.sum((mask & (returns != returns)).to(tl.int32), 1)
+        if RETURNS:
+            tl.store(returns_ptr + offsets, returns, mask)
+        log_weight = tl.zeros([BLOCK_N], tl.float32) - log_nodes
+        if WEIGHTED:
+            inside = nodes < num_nodes
+            log_weight = tl.load(log_weight_ptr + nodes, inside, other=float("-inf"))
+        if AVERAGE == "mean":
+            total += tl.sum(tl.where(mask, returns * tl.exp(log_weight)[None, :], 0.0), 1)
+        elif AVERAGE == "max":
+            keep = mask & (log_weight > float("-inf"))[None, :]
+            top = tl.maximum(top, tl.max(tl.where(keep, returns, float("-inf")), 1))
+        else:
+            x = tl.where(mask, returns / tau_r + log_weight[None, :], float("-inf"))
+            new_top = tl.maximum(top, tl.max(x, 1))
+            shift = tl.where(new_top > float("-inf"), new_top, 0.0)
+            total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
+            top = new_top
+    if AVERAGE == "mean":
+        q = total
+    elif AVERAGE == "max":
+        q = top
+    else:
+        q = tau_r * (tl.where(top > float("-inf"), top, 0.0) + tl.log(total))
+    return tl.where(broken > 0, float("nan"), q)
+
+
+@triton.jit
+def _select_kernel(
+    z_ptr,  # [S, P, N] float32
+    log_weight_ptr,  # [N] float32, read with WEIGHTED
+    gumbel_ptr,  # [S, P], read with SOFT
+    action_ptr,  # [S, P, A]
+    loc_ptr,  # [1]
+    scale_ptr,  # [1]
+    chosen_ptr,  # [S, A]
+    value_ptr,  # [S]
+    q_ptr,  # [S, P]
+    returns_ptr,  # [S, P, N], written with RETURNS
+    num_candidates,
+    num_nodes,
+    action_dim,
+    tau_r,
+    tau_q,
+    log_nodes,
+    AVERAGE: tl.constexpr,  # "max", "mean" or "lse"
+    WEIGHTED: tl.constexpr,
+    SOFT: tl.constexpr,
+    RETURNS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    state = tl.program_id(0).to(tl.int64)
+    loc = tl.load(loc_ptr).to(tl.float32)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    best = float("-inf")
+    best_q = float("-inf")
+    best_index = 0
+    for start in range(0, num_candidates, BLOCK_P):
+        index = start + tl.arange(0, BLOCK_P)
+        live = index < num_candidates
+        offsets = state * num_candidates + index
+        q = _node_average(
+            z_ptr,
+            returns_ptr,
+            log_weight_ptr,
+            offsets * num_nodes,
+            live,
+            num_nodes,
+            loc,
+            scale,
+            tau_r,
+            log_nodes,
+            AVERAGE,
+            WEIGHTED,
+            RETURNS,
+            BLOCK_P,
+            BLOCK_N,
+        )
+        tl.store(q_ptr + offsets, q, live)
+        score = q
+        if SOFT:
+            score = q / tau_q + tl.load(gumbel_ptr + offsets, live, other=0.0).to(tl.float32)
+        score = tl.where(live & (score == score), score, float("-inf"))
+        block_best = tl.max(score, 0)
+        # The lowest index wins a tie, within a block and between blocks.
+        block_index = tl.min(tl.where(score == block_best, index, num_candidates), 0)
+        better = (block_best > best) | (start == 0)
+        block_q = tl.sum(tl.where(index == block_index, q, 0.0), 0)
+        best = tl.where(better, block_best, best)
+        best_q = tl.where(better, block_q, best_q)
+        best_index = tl.where(better, block_index, best_index)
+    tl.store(value_ptr + state, best_q)
+    source = action_ptr + (state * num_candidates + best_index) * action_dim
+    for start in range(0, action_dim, BLOCK_A):
+        cols = start + tl.arange(0, BLOCK_A)
+        inside = cols < action_dim
+        tl.store(chosen_ptr + state * action_dim + cols, tl.load(source + cols, inside), inside)
