@@ -28,7 +28,7 @@ LEVELS = ((8, 3), (12, 4), (16, 5), (20, 5), (24, 6), (32, 7))
 # A grid must cost less than this share of the evaluations at the nodes.
 _MAX_SHARE = 0.6
 # The grid spans the paths of the outermost nodes, found by large steps, and a little more.
-_OUTER_STEPS = 4
+_OUTER_STEPS = 3
 _MARGIN = 1.12
 # Between total degree (1) and tensor products (inf): a third fewer points at equal error.
 _SHAPE = 1.5

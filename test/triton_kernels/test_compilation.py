@@ -1,0 +1,158 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Compiles what would be launched for sm_80 and sm_90, without a GPU, and bounds register spills.
+
+The launches of a call on CPU tensors are recorded instead of run, so that the kernels are compiled
+with the arguments and tiles that they are launched with.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+
+import pytest
+import torch
+from _kernel_cases import Case
+
+_has_triton = importlib.util.find_spec("triton") is not None
+pytestmark = pytest.mark.skipif(not _has_triton, reason="needs triton")
+
+WIDTHS = (512,) * 4
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+# Bytes that a thread may spill, by kernel; kernels without an entry must not spill.
+MAX_SPILL = {("loop", "fp16", 90): 16}
+
+
+def _record(monkeypatch, call) -> list:
+    """Pairs of kernel and arguments of all launches of ``call``, once per specialisation."""
+    from triton.runtime.jit import JITFunction
+
+    launches = {}
+
+    def run(kernel, *args, grid, warmup, **options):
+        constants = {name: options[name] for name in options if name in kernel.arg_names}
+        key = (kernel.__name__, str(sorted(options.items())))
+        launches.setdefault(key, (kernel, args, constants, options))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        call()
+    return list(launches.values())
+
+
+def _specialise(value):
+    """Type and attributes as Triton's launcher derives them; ``None`` for a constant."""
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype], [["tt.divisibility", 16]]
+    if isinstance(value, float):
+        return "fp32", []
+    return ("i32", [["tt.divisibility", 16]] if value % 16 == 0 else []) if value != 1 else None
+
+
+def _compile(launch, capability: int):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, args, constants, options = launch
+    signature, attributes = {}, {}
+    constants = dict(constants)
+    for index, (name, value) in enumerate(zip(kernel.arg_names, args)):
+        special = _specialise(value)
+        if special is None:
+            constants[name] = value
+            continue
+        signature[name] = special[0]
+        if special[1]:
+            attributes[index,] = special[1]
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature[name] for name in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()},
+        attrs=attributes,
+    )
+    kept = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    kept["enable_fp_fusion"] = True
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kept)
+
+
+def _spilled_bytes(compiled, capability: int, folder) -> int:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    tool = get_ptxas(capability)
+    source = folder / "kernel.ptx"
+    source.write_text(compiled.asm["ptx"])
+    arch = "sm_90a" if capability == 90 else f"sm_{capability}"
+    command = [getattr(tool, "path", tool), "-v", f"--gpu-name={arch}", str(source)]
+    done = subprocess.run([*command, "-o", str(folder / "o")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return max(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr))
+
+
+def _launches(monkeypatch, design: str, precision: str, states: int, nodes: int):
+    """The launches of one call; enough rows are claimed to get the tile for that many."""
+    from torchrl_evor.triton_kernels import _config, _launch
+
+    case = Case(1, 2, 4, WIDTHS, num_steps=3)
+    backend = f"triton_{design}"
+    device = torch.device("cpu")
+    config = _config.choose(backend, WIDTHS, precision, states * 32 * nodes, device)
+
+    @torch.no_grad()
+    def call():
+        tensors = case.packed.tensors()
+        weights = _launch.pack_weights(tensors, True, precision, design == "loop")
+        z = _launch.sample_z(
+            weights,
+            case.observation,
+            case.action,
+            case.noise.view(-1),
+            4,
+            num_steps=3,
+            activation="gelu_tanh",
+            eps=1e-6,
+            precision=precision,
+            config=config,
+        )
+        one = torch.ones(())
+        _launch.select(z, case.action, case.gumbel, None, one, one, 1.0, 0.5, False)
+
+    return _record(monkeypatch, call)
+
+
+def _check(monkeypatch, tmp_path, design, precision, shape, capability, only=""):
+    found = _launches(monkeypatch, design, precision, *shape)
+    assert {launch[0].__name__ for launch in found} >= {"_fold_kernel", "_select_kernel"}
+    spills = {}
+    for launch in found:
+        if only in launch[0].__name__:
+            compiled = _compile(launch, capability)
+            name = f"{launch[0].__name__} {launch[2]}"
+            spills[name] = _spilled_bytes(compiled, capability, tmp_path)
+    most = MAX_SPILL.get((design, precision, capability), 0)
+    assert all(value <= most for value in spills.values()), spills
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("design, precision", [("layered", "fp16"), ("loop", "fp16")])
+def test_compiles_and_spills_little(monkeypatch, tmp_path, design, precision, capability):
+    _check(monkeypatch, tmp_path, design, precision, (1, 64), capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32", "tf32x3"])
+@pytest.mark.parametrize("shape", [(1, 4), (1, 64), (50, 64)], ids=str)
+@pytest.mark.parametrize("design", ["layered", "loop"])
+def test_all_chosen_tiles(monkeypatch, tmp_path, design, shape, precision, capability):
+    only = "_hidden" if design == "layered" else "_loop"
+    _check(monkeypatch, tmp_path, design, precision, shape, capability, only)
+
+
+if __name__ == "__main__":
+    pytest.main([__file__, "-q"])
