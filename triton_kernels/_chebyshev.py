@@ -30,6 +30,8 @@ _MAX_SHARE = 0.6
 # The grid spans the paths of the outermost nodes, found by large steps, and a little more.
 _OUTER_STEPS = 3
 _MARGIN = 1.12
+# What the probed candidates may use of the tolerance, for others may be a little worse.
+_PROBE_SHARE = 0.9
 # Between total degree (1) and tensor products (inf): a third fewer points at equal error.
 _SHAPE = 1.5
 
@@ -175,19 +177,24 @@ def _size(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
+def _relative(error: Tensor, z: Tensor) -> Tensor:
+    """Errors ``[P]`` in units of the root mean square of the nodes; what is no number is inf."""
+    return (error / z.square().mean(-1).sqrt()).nan_to_num(nan=math.inf)
+
+
 def _choose_grid(velocity, noise: Tensor, num_steps: int, tolerance: float) -> _Grid | None:
     """The smallest grid that serves some candidates, or ``None`` if the largest does not."""
     grids = _grids(noise.shape[1], num_steps, noise.dtype)
     if not grids:
         return None
     z, error, terms = _run(velocity, noise, num_steps, grids[-1])
-    allowed = tolerance * _size(z)
-    if not _size(error) <= allowed:
+    if _size(_relative(error, z)) > tolerance:
         return None
     for grid in grids[:-1]:
         kept = torch.tensor([grids[-1].terms.index(term) for term in grid.terms])
         left_out = terms.index_fill(1, kept, 0.0).norm(dim=-1)
-        if max(_size(left_out), _size(_error(terms[:, kept], grid))) <= allowed:
+        error = torch.maximum(left_out, _error(terms[:, kept], grid))
+        if _size(_relative(error, z)) <= _PROBE_SHARE * tolerance:
             return grid
     return grids[-1]
 
@@ -202,8 +209,8 @@ def interpolated_flow(
             gives the velocity of some of the candidates.
         noise (Tensor): start of the flow, ``[P, N]`` with at least one candidate.
         num_steps (int): Euler steps.
-        tolerance (float): error of the end points relative to their size, both as root mean
-            squares, over all candidates or, where that is missed, over each of them.
+        tolerance (float): root mean square, over the candidates that are kept, of their error
+            relative to the size of their end points.
 
     Returns:
         tuple of Tensor: end points ``[P, N]``, and the indices of the candidates for which they
@@ -215,7 +222,7 @@ def interpolated_flow(
     if grid is None:
         return noise.clone(), index
     z, error, _ = _run(velocity, noise, num_steps, grid)
-    good = error <= tolerance * z.square().mean(-1).sqrt()
-    if _size(error) <= tolerance * _size(z):
-        good = torch.ones_like(good)
-    return z, index[~good]
+    smallest_first, order = _relative(error, z).sort()
+    counts = torch.arange(1, len(z) + 1, device=z.device)
+    good = (smallest_first.square().cumsum(0) / counts).sqrt() <= tolerance
+    return z, order[~good].sort().values

@@ -15,48 +15,34 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import functools
-import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
-from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
-if importlib.util.find_spec("torchrl") is None:
-    # A machine without TorchRL: the kernels need torch and triton only.
-    package = types.ModuleType("torchrl_evor")
-    package.__path__ = [str(ROOT / "torchrl_evor"), str(ROOT)]
-    sys.modules["torchrl_evor"] = package
+sys.path.insert(0, str(Path(__file__).parent))
 
-from torchrl_evor.triton_kernels import (  # noqa: E402
+from kernel_variants import (  # noqa: E402
+    DTYPE,
+    MATMUL,
+    SCENARIOS,
+    WIDTH,
+    Problem,
     _config,
     _launch,
-    evor_select,
-    pack_velocity_mlp,
-)
-from torchrl_evor.triton_kernels._torch_path import folded_sample  # noqa: E402
-from torchrl_evor.triton_kernels.packing import fold  # noqa: E402
-from torchrl_evor.triton_kernels.reference import (  # noqa: E402
-    evor_select_reference,
-    sample_returns_reference,
+    folded,
+    graphed,
+    kernel,
+    naive,
+    parity_tests,
 )
 
-WIDTH, DEPTH, STEPS, OBS, ACT = 512, 4, 10, 28, 5
-SCENARIOS = {"S1": (1, 32, 64), "S2": (256, 1, 1), "S3": (50, 32, 64)}
-OPTIONS = {"tau_r": 1.0, "tau_q": 0.5, "num_steps": STEPS, "loc": 0.0, "scale": 1.0}
-MATMUL = {"fp16": "high", "bf16": "high", "tf32": "high", "fp32": "highest"}
-KERNEL_PRECISION = {"fp32": "tf32x3", "fp16": "fp16", "bf16": "bf16", "tf32": "tf32"}
-DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LAYERED = {
     "half": [
         (64, 32, 64, 4, 4), (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 128, 64, 4, 3),
@@ -80,115 +66,6 @@ LOOP = {
     "tf32x3": [(16, 32, 8, 2), (16, 16, 8, 2)],
 }  # fmt: skip
 FAMILY = {"fp16": "half", "bf16": "half", "tf32": "tf32", "fp32": "tf32x3"}
-
-
-def make_network(layer_norm: bool) -> nn.Sequential:
-    layers, width = [], OBS + ACT + 2
-    for _ in range(DEPTH):
-        layers += [nn.Linear(width, WIDTH), nn.GELU(approximate="tanh")]
-        layers += [nn.LayerNorm(WIDTH, eps=1e-6)] if layer_norm else []
-        width = WIDTH
-    return nn.Sequential(*layers, nn.Linear(WIDTH, 1)).requires_grad_(False)
-
-
-class Problem:
-    """One scenario: network, fresh random inputs, the answer in float64."""
-
-    def __init__(self, shape, layer_norm=True, device="cuda"):
-        torch.manual_seed(0)
-        self.shape = states, candidates, nodes = shape
-        self.rows = states * candidates * nodes
-        self.network = make_network(layer_norm).to(device)
-        self.packed = pack_velocity_mlp(self.network, OBS, ACT)
-        self.observation = torch.randn(states, OBS, device=device)
-        self.action = torch.randn(states, candidates, ACT, device=device)
-        self.noise = torch.randn(shape, device=device)
-        self.gumbel = -torch.empty(states, candidates, device=device).exponential_().log()
-        self.flops = 2 * self.rows * STEPS * (DEPTH - 1) * WIDTH**2
-
-    def inputs(self):
-        return self.observation, self.action, self.noise, self.gumbel
-
-    @functools.cached_property
-    def want(self):
-        network = make_network(any(isinstance(m, nn.LayerNorm) for m in self.network))
-        network.load_state_dict(self.network.state_dict())
-        inputs = (t.double() for t in (self.observation, self.action, self.noise))
-        return sample_returns_reference(network.double().to(self.noise.device), *inputs, STEPS)
-
-
-def naive(problem: Problem, precision: str):
-    """The module as it stands: concat and nn.Sequential, in half precision where asked for."""
-    dtype = DTYPE.get(precision, torch.float32)
-    network = make_network(any(isinstance(m, nn.LayerNorm) for m in problem.network))
-    network.load_state_dict(problem.network.state_dict())
-    network = network.to(problem.noise.device, dtype)
-
-    def velocity(inputs):
-        return network(inputs.to(dtype)).float()
-
-    def call():
-        return evor_select_reference(velocity, *problem.inputs(), **OPTIONS)
-
-    return call
-
-
-def folded(problem: Problem, precision: str, fresh: bool):
-    """The folded maths of the torch path; ``fresh`` folds the weights at every call."""
-    dtype = DTYPE.get(precision)
-    packed = problem.packed
-    kept = fold(packed.tensors(), packed.layer_norm, dtype)
-
-    def call(observation, action, noise, gumbel):
-        weights = fold(packed.tensors(), packed.layer_norm, dtype) if fresh else kept
-        z = folded_sample(weights, "gelu_tanh", packed.eps, observation, action, noise, STEPS)
-        q = torch.logsumexp(z, -1) - math.log(z.shape[-1])
-        index = (q / 0.5 + gumbel).argmax(-1, keepdim=True)
-        chosen = action.gather(1, index.unsqueeze(-1).expand(-1, -1, ACT)).squeeze(1)
-        return chosen, q.gather(1, index), q, z
-
-    return call
-
-
-def kernel(problem: Problem, precision: str, config, frozen: bool):
-    """One configuration of a kernel through the public function."""
-    packed = problem.packed.freeze() if frozen else problem.packed
-    backend = "triton_layered" if isinstance(config, _launch.LayerConfig) else "triton_loop"
-
-    def call():
-        original = _config.choose
-        _config.choose = lambda *_: config
-        try:
-            return evor_select(
-                packed,
-                *problem.inputs(),
-                **OPTIONS,
-                backend=backend,
-                precision=KERNEL_PRECISION[precision],
-                return_samples=True,
-            )
-        finally:
-            _config.choose = original
-
-    return call
-
-
-def graphed(call):
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-
-    def replay():
-        graph.replay()
-        return out
-
-    return replay
 
 
 def timed(call, seconds: float = 0.25) -> dict:
@@ -320,17 +197,6 @@ def label(config) -> str:
         tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
         return f"layer {tile} w{config.warps}s{config.stages}{' pdl' if config.pdl else ''}"
     return f"loop {config.block_m}x{config.block_k} w{config.warps}s{config.stages}"
-
-
-def run_tests() -> bool:
-    command = [sys.executable, "-m", "pytest", "test/triton_kernels/test_evor_select_gpu.py"]
-    command += ["-m", "gpu", "-q", "--confcutdir=test/triton_kernels", "-p", "no:cacheprovider"]
-    command += ["--no-header", "--tb=short", "-rf"]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", "10"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print((done.stdout + done.stderr)[-5000:], flush=True)
-    return done.returncode == 0
 
 
 def baselines(table: Table, problems, precisions) -> None:
@@ -474,7 +340,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     table = Table(arguments.out, arguments.budget)
     sections, precisions = arguments.sections, arguments.precisions
-    if "tests" in sections and not run_tests() and not arguments.force:
+    if "tests" in sections and not parity_tests("cuda") and not arguments.force:
         raise SystemExit("The parity tests fail: nothing is measured.")
     print(f"[{table.elapsed():.0f}s] tests done", flush=True)
     triton = __import__("triton")
