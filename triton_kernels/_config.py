@@ -35,8 +35,9 @@ def _layer_config(precision: str, rows: int) -> LayerConfig:
     if rows <= 512:
         return LayerConfig(64, 32, block_k, 4, 4)
     if rows <= 8192:
-        return LayerConfig(64, 128, block_k, 4, 4 if half else 3)
-    return LayerConfig(128, 128, block_k, 8, 3)
+        # Eight warps where the products take three times the registers: four spill on sm_80.
+        return LayerConfig(64, 128, block_k, 4, 4) if half else LayerConfig(64, 128, block_k, 8, 3)
+    return LayerConfig(128, 64 if precision == "tf32x3" else 128, block_k, 8, 3)
 
 
 def _loop_config(precision: str, rows: int, widths: tuple[int, ...]) -> LoopConfig:

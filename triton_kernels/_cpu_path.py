@@ -118,7 +118,7 @@ class _OneState:
         first = _layer(self.weights, rows, self.weights.first, self.bias)
         return _after_first(self.weights, first).view_as(z)
 
-    def subset(self, index: Tensor) -> _OneState:
+    def subset(self, index: Tensor | slice) -> _OneState:
         return _OneState(self.weights, self.bias, self.action[index])
 
 
@@ -136,16 +136,16 @@ class _ManyStates:
         x = torch.addcmul(x, time, folded.first_t).flatten(0, 1)
         return _after_first(self.weights, activate(x, self.weights.activation)).view_as(z)
 
-    def subset(self, index: Tensor) -> _ManyStates:
+    def subset(self, index: Tensor | slice) -> _ManyStates:
         return _ManyStates(self.weights, self.base[index])
 
 
 def _velocities(weights: CPUWeights, observation: Tensor, action: Tensor, num_nodes: int):
-    """Chunks of candidates, each with its velocity: ``(state-major slice, velocity)``."""
+    """Groups of candidates, each with its velocity: ``(state-major slice, velocity)``."""
     states, candidates = action.shape[:2]
     folded, obs_dim = weights.folded, observation.shape[-1]
-    # Interpolated, a candidate has at most this many rows per evaluation as well.
-    size = max(1, _chunk_rows(folded) // num_nodes)
+    # Of many nodes, grids for interpolation take about as many rows per candidate as 16.
+    size = max(1, _chunk_rows(folded) // min(num_nodes, 16))
     if states > 1 and candidates * num_nodes < _STATE_ROWS:
         base = base_of(folded, observation, action).flatten(0, 1)
         for start in range(0, states * candidates, size):
@@ -160,10 +160,16 @@ def _velocities(weights: CPUWeights, observation: Tensor, action: Tensor, num_no
             yield chunk, _OneState(weights, biases[state], action[state, start:stop])
 
 
-def _euler(velocity, z: Tensor, num_steps: int) -> Tensor:
-    for k in range(num_steps):
-        z = z + velocity(z, k / num_steps) / num_steps
-    return z
+def _euler(velocity, noise: Tensor, num_steps: int, size: int) -> Tensor:
+    """End points from ``noise`` ``[P, N]``, for ``size`` candidates at a time."""
+    parts = []
+    for start in range(0, len(noise), size):
+        chunk = slice(start, start + size)
+        some, z = velocity if size >= len(noise) else velocity.subset(chunk), noise[chunk]
+        for k in range(num_steps):
+            z = z + some(z, k / num_steps) / num_steps
+        parts.append(z)
+    return torch.cat(parts)
 
 
 def cpu_sample(
@@ -191,12 +197,13 @@ def cpu_sample(
     shape = (*action.shape[:2], noise.shape[-1])
     noise = noise.to(action.dtype).expand(shape).flatten(0, 1)
     z = torch.empty(noise.shape, dtype=noise.dtype)
+    size = max(1, _chunk_rows(weights.folded) // shape[-1])
     for chunk, velocity in _velocities(weights, observation, action, shape[-1]):
         if tolerance == 0:
-            z[chunk] = _euler(velocity, noise[chunk], num_steps)
+            z[chunk] = _euler(velocity, noise[chunk], num_steps, size)
             continue
         z[chunk], left = interpolated_flow(velocity, noise[chunk], num_steps, tolerance)
         if len(left):
             some = velocity if len(left) == len(z[chunk]) else velocity.subset(left)
-            z[chunk][left] = _euler(some, noise[chunk][left], num_steps)
+            z[chunk][left] = _euler(some, noise[chunk][left], num_steps, size)
     return z.view(shape)
