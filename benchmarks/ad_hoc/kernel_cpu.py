@@ -87,9 +87,10 @@ def main() -> None:
                     results = measure(problem, arguments.rounds if nodes == 16 else 5)
                 for name, row in results.items():
                     setting = {"threads": threads, "nodes": nodes, "layer_norm": layer_norm}
+                    kind = "LayerNorm" if layer_norm else "plain"
                     rows.append({**setting, "path": name, **row})
                     print(
-                        f"threads {threads} nodes {nodes} {'LayerNorm' if layer_norm else 'plain':9}"
+                        f"threads {threads} nodes {nodes} {kind:9}"
                         f" {name:18} best {row['best_ms']:7.1f} ms {row['speedup_best']:5.2f}x"
                         f"  median {row['median_ms']:7.1f} ms {row['speedup_median']:5.2f}x"
                         f"  error {row['error']:.1e}",
