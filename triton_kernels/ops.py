@@ -227,7 +227,7 @@ def evor_select(
         ...                     nn.Linear(8, 1))
         >>> packed = pack_velocity_mlp(net, observation_dim=3, action_dim=2)
         >>> with torch.no_grad():
-        ...     chosen, value, q = evorselect(packed, torch.randn(5, 3), torch.randn(5, 4, 2),
+        ...     chosen, value, q = evor_select(packed, torch.randn(5, 3), torch.randn(5, 4, 2),
         ...                                    torch.randn(6), tau_r=1.0, num_steps=10)
         >>> chosen.shape, value.shape, q.shape
         (torch.Size([5, 2]), torch.Size([5]), torch.Size([5, 4]))

@@ -205,8 +205,8 @@ def pack_velocity_mlp(network: nn.Module, observation_dim: int, action_dim: int)
 
     Examples:
         >>> from torch import nn
-        >>> net = nn.Sequential(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8,
-        1))
+        >>> net = nn.Sequential(nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(),
+        ...                     nn.Linear(8, 1))
         >>> pack_velocity_mlp(net, observation_dim=3, action_dim=2).widths
         (8, 8)
     """

@@ -7,6 +7,8 @@ input."""
 
 from __future__ import annotations
 
+import doctest
+import importlib.util
 import math
 
 import pytest
@@ -19,6 +21,8 @@ from torchrl_evor.triton_kernels import (
     evor_select,
     ops,
     pack_velocity_mlp,
+    packing,
+    reference,
     sample_returns,
     why_no_triton,
     why_not_packable,
@@ -336,6 +340,21 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match="triton is not installed"):
             _run(Case(2, 3, 4, (16, 16)), backend=backend)
 
+    @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+    def test_auto_takes_measured_kernels_only(self, monkeypatch):
+        from torchrl_evor.triton_kernels import _config
+
+        monkeypatch.setattr(_config, "_FASTEST", {("tf32x3", 512): (1000, 2000)})
+        width = (512, 300)
+        assert [_config.is_fastest(width, "tf32x3", n) for n in (999, 1000, 2000, 2001)] == [
+            False,
+            True,
+            True,
+            False,
+        ]
+        assert not _config.is_fastest(width, "fp16", 1500)
+        assert not _config.is_fastest((256, 300), "tf32x3", 1500)
+
     def test_reasons_of_the_device_side(self, monkeypatch):
         monkeypatch.setattr(_dispatch, "_has_triton", True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
@@ -346,6 +365,12 @@ class TestBadInput:
         assert "32-bit" in why_no_triton((512, 512), torch.float32, cuda, 2**31)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
         assert "8.0" in why_no_triton((512, 512), torch.float32, cuda, 64)
+
+
+@pytest.mark.parametrize("module", [ops, packing, reference, _dispatch], ids=lambda m: m.__name__)
+def test_examples(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted and not failed
 
 
 def test_reference_takes_any_module():
