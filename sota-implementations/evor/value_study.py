@@ -123,10 +123,12 @@ def measure(cfg: DictConfig, model, truth: Truth) -> dict[str, Tensor]:
     return truth.errors(quantiles, lambda tau: model.q_star(observation, action, tau, 64))
 
 
-def study(cfg: DictConfig, name: str, truth: Truth, method: str, bar: tqdm) -> list[dict]:
+def study(
+    cfg: DictConfig, name: str, truth: Truth, method: str, bar: tqdm, build=make_model
+) -> list[dict]:
     """Trains all seeds of a method on a problem; one row for each measurement and seed."""
     torch.manual_seed(0)
-    model = make_model(cfg, truth, method)
+    model = build(cfg, truth, method)
     loss, value_loss = make_loss(model, truth, method)
     updater = SoftUpdate(loss, tau=cfg.tau)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)

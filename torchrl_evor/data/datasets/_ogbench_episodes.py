@@ -50,6 +50,8 @@ class Behaviour:
             the smoothed noise on the plan. ``"noisy"``: upper end of the range that an episode
             draws its own level from.
         p_random_action (float): probability of a uniform action (manipulation only).
+        action_noise (float): standard deviation of the noise that the world adds to each action.
+            Files hold the commanded action, as after :class:`OGBenchEnv` with ``action_noise``.
     """
 
     env_id: str
@@ -57,6 +59,7 @@ class Behaviour:
     episode_length: int
     noise: float
     p_random_action: float
+    action_noise: float = 0.0
 
     @classmethod
     def official(cls, file: OGBenchFile, **overrides) -> Behaviour:
@@ -131,6 +134,13 @@ class _Episodes:
 
     def close(self):
         self.env.close()
+
+    def _step(self, action):
+        """Executes an action in a world that may disturb it; nothing is drawn without noise."""
+        std = self.behaviour.action_noise
+        if std > 0:
+            action = np.clip(action + np.random.normal(0, std, np.shape(action)), -1, 1)
+        return self.env.step(action)
 
     def _play(self) -> dict[str, list]:
         raise NotImplementedError
@@ -210,7 +220,7 @@ class MazeEpisodes(_Episodes):
         observation, _ = self.env.reset(options={"task_info": task})
         while not done:
             action = self._act(maze)
-            following, _, terminated, truncated, info = self.env.step(action)
+            following, _, terminated, truncated, info = self._step(action)
             done = terminated or truncated
             if info["success"] and self.behaviour.kind == "navigate":
                 maze.set_goal(self._pick(self._goals))
@@ -260,7 +270,7 @@ class ManipulationEpisodes(_Episodes):
         oracle = self._oracle(observation, info)
         while not done:
             action = self._act(oracle, observation, info, noise)
-            following, _, terminated, truncated, info = self.env.step(action)
+            following, _, terminated, truncated, info = self._step(action)
             done = terminated or truncated
             self._record(rows, observation, action, done, info)
             if oracle.done:

@@ -50,6 +50,7 @@ def collect_ogbench(
     noise: float | None = None,
     p_random_action: float | None = None,
     episode_length: int | None = None,
+    action_noise: float = 0.0,
     progress: bool = True,
 ) -> Path:
     """Collects one OGBench data file with OGBench's own scripted controllers.
@@ -77,6 +78,9 @@ def collect_ogbench(
         noise (float, optional): level of the action noise; the official one by default.
         p_random_action (float, optional): probability of a uniform action (cube, scene, puzzle).
         episode_length (int, optional): transitions per trajectory; the official one by default.
+        action_noise (float, optional): standard deviation of Gaussian noise that the world adds to
+            each action, as in ``OGBenchEnv(action_noise=...)``; files hold the commanded action.
+            Defaults to 0.
         progress (bool, optional): show a progress bar if tqdm is installed.
 
     Returns:
@@ -98,7 +102,15 @@ def collect_ogbench(
         (22, 2)
     """
     plan = _Plan.make(
-        dataset_id, path, num_transitions, seed, split, noise, p_random_action, episode_length
+        dataset_id,
+        path,
+        num_transitions,
+        seed,
+        split,
+        noise,
+        p_random_action,
+        episode_length,
+        action_noise,
     )
     num_workers = _checked_workers(num_workers)
     if plan.path.exists():
@@ -124,9 +136,13 @@ class _Plan:
     split: str
 
     @classmethod
-    def make(cls, dataset_id, path, num_transitions, seed, split, noise, p_random, length):
+    def make(
+        cls, dataset_id, path, num_transitions, seed, split, noise, p_random, length, action_noise
+    ):
         file = parse_file_name(dataset_id)
         _check_scripted(file)
+        if not 0 <= action_noise < float("inf"):
+            raise ValueError(f"action_noise must be a finite number >= 0, got {action_noise!r}.")
         _check_numbers(num_transitions, seed, split, noise, p_random, length)
         path = Path(path)
         if not path.suffix or path.is_dir():
@@ -134,7 +150,11 @@ class _Plan:
         if path.suffix != ".npz":
             raise ValueError(f"path must end in '.npz' or be a folder, got {str(path)!r}.")
         behaviour = Behaviour.official(
-            file, noise=noise, p_random_action=p_random, episode_length=length
+            file,
+            noise=noise,
+            p_random_action=p_random,
+            episode_length=length,
+            action_noise=action_noise,
         )
         if num_transitions is None:
             total = file.num_episodes * file.episode_length

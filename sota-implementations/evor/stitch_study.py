@@ -1,0 +1,136 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""Beyond one step of improvement: success against wall-clock where trajectories must be stitched.
+
+Trains EVOR with next_action="improved" and "dataset", QC-1 and the scalar critic on the same data,
+networks and evaluation (train_baseline.py's), and evaluates each along the way.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import studies
+import torch
+import train_baseline
+import utils
+from matplotlib import pyplot as plt
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from torchrl_evor.modules.functional import check_positive, check_temperature
+
+
+def make_variants(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Configuration of each variant, checked before any of them is trained.
+
+    Raises:
+        ValueError: if there are none, or one sets what does not exist.
+    """
+    if not cfg.variants:
+        raise ValueError("variants must hold at least one entry, got none.")
+    if cfg.eval.interval < 1 or cfg.optim.num_updates % cfg.eval.interval:
+        raise ValueError(
+            "optim.num_updates must be a multiple of eval.interval, got "
+            f"{cfg.optim.num_updates} and {cfg.eval.interval}."
+        )
+    for name in ("num_candidates", "num_samples"):
+        check_positive(f"improved.{name}", cfg.improved[name])
+    for name in ("tau_r", "tau_q"):
+        check_temperature(f"improved.{name}", cfg.improved[name])
+    variants = {}
+    for name, changes in cfg.variants.items():
+        try:
+            variants[name] = OmegaConf.merge(cfg, changes)
+        except Exception as error:
+            raise ValueError(f"variants.{name} does not fit baselines.yaml: {error}") from error
+        utils.check_config(variants[name])
+    return variants
+
+
+def make_agent(cfg: DictConfig, data, device: torch.device):
+    """:func:`train_baseline.make_agent`, with the study's choice of improved actions."""
+    agent = train_baseline.make_agent(cfg, train_baseline.make_sizes(cfg, data), device)
+    if cfg.method == "evor" and cfg.loss.next_action == "improved":
+        for name, value in cfg.improved.items():
+            setattr(agent[0], name, value)
+    return agent
+
+
+def run(name: str, cfg: DictConfig, path: Path, device: torch.device) -> None:
+    """Trains a variant in pieces and adds a row of raw numbers after each."""
+    torch.manual_seed(cfg.seed)
+    data = train_baseline.make_data(cfg)
+    loss, actor, optimizer, updater = make_agent(cfg, data, device)
+    piece = OmegaConf.merge(cfg, {"optim": {"num_updates": cfg.eval.interval}})
+    seconds = 0.0
+    for update in range(cfg.eval.interval, cfg.optim.num_updates + 1, cfg.eval.interval):
+        seconds += train_baseline.train(piece, data, loss, optimizer, updater, device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            episodes = train_baseline.evaluate(cfg, actor, device)
+        label = {
+            "study": "stitch",
+            "env": cfg.env.name,
+            "task": cfg.env.task,
+            "method": name,
+            "seed": cfg.seed,
+            "update": update,
+            "n_step": cfg.data.n_step,
+            "num_transitions": cfg.data.num_transitions,
+            "hidden": "x".join(map(str, cfg.value.hidden_sizes)),
+            "settings": settings(cfg),
+            "device": utils.device_name(device),
+        }
+        columns = utils.episode_columns(episodes)
+        studies.add_rows(path, [{**label, **columns, "train_seconds": seconds}])
+        tqdm.write(f"{name}, update {update}: success {columns['success']:.2f}, {seconds:.0f} s")
+
+
+def settings(cfg: DictConfig) -> str:
+    """What else distinguishes two runs of a variant, in one cell."""
+    parts = {**cfg.actor, "gamma": cfg.loss.gamma, "tau": cfg.loss.tau, "lr": cfg.optim.lr}
+    parts["batch_size"] = cfg.data.batch_size
+    if cfg.loss.next_action == "improved":
+        parts.update({f"improved.{name}": value for name, value in cfg.improved.items()})
+    return " ".join(f"{name}={value}" for name, value in parts.items())
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Success with its Wilson interval against seconds of training, one curve per setting."""
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    same = ("method", "n_step", "num_transitions", "hidden", "settings", "device")
+    for line in dict.fromkeys(tuple(row[name] for name in same) for row in rows):
+        chosen = [row for row in rows if tuple(row[name] for name in same) == line]
+        updates = sorted({int(row["update"]) for row in chosen})
+        groups = [[row for row in chosen if int(row["update"]) == u] for u in updates]
+        seconds = [sum(float(r["train_seconds"]) for r in g) / len(g) for g in groups]
+        mean, low, high = zip(*(studies.pool(group) for group in groups))
+        (curve,) = axis.plot(seconds, mean, marker="o", label=f"{line[0]}, n={line[1]}")
+        axis.fill_between(seconds, low, high, color=curve.get_color(), alpha=0.15)
+    axis.set(xlabel="seconds of training", ylabel="success (95 % Wilson)", ylim=(-0.03, 1.03))
+    axis.set_title(path.stem, fontsize=9)
+    axis.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, format="png", dpi=150)
+    partial.replace(path)
+    plt.close(figure)
+
+
+@hydra.main(config_path=".", config_name="stitch_study", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    variants = make_variants(cfg)
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    device = utils.choose_device(cfg.device)
+    path = studies.csv_path(cfg.results_dir, "stitch", cfg.env.name)
+    for name, variant in variants.items():
+        run(name, variant, path, device)
+    plot(studies.read(path), path.with_suffix(".png"))
+    tqdm.write(f"Rows in {path}, picture in {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What the studies share: trained agents, their evaluation, raw rows and pictures of success.
+
+A study writes ``<results_dir>/_studies/<study>/<env>.csv`` and a picture beside it. report.py
+leaves folders alone whose name starts with an underscore. Aggregates are drawn and never stored.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import agents
+import matplotlib
+import results_io
+import torch
+import utils
+import value_study
+from omegaconf import OmegaConf
+from scipy.stats import binomtest
+from tensordict import TensorDict
+from torchrl.checkpoint import Checkpoint
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from torchrl_evor import EVORActor, FlowMatchingPolicy, OGBenchEnv, ReturnFlow
+from torchrl_evor.envs import rollout_episodes
+from torchrl_evor.modules import ReturnModel
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+# What was measured; all other columns say what was run.
+MEASURED = (
+    "success",
+    "return_mean",
+    "length_mean",
+    "eval_seconds_per_decision",
+    "latency_seconds",
+    "train_seconds",
+)
+
+
+@dataclass
+class Trained:
+    """A trained agent and where it comes from."""
+
+    policy: FlowMatchingPolicy
+    returns: ReturnModel
+    env: str
+    task: int
+    method: str
+    seed: int
+
+    @property
+    def env_name(self) -> str:
+        """OGBench's name of the single-task dataset."""
+        return f"{self.env}-singletask-task{self.task}-v0"
+
+
+def load(checkpoint: str | Path | None, device: torch.device | str = "cpu") -> Trained:
+    """Opens the folder of an ``evor.py`` run, its checkpoint, or an agent file of ``many.py``.
+
+    Args:
+        checkpoint (path-like): the folder or file.
+        device (torch.device or str, optional): where the networks go. Defaults to ``"cpu"``.
+
+    Raises:
+        FileNotFoundError: if there is no such run or file.
+        ValueError: if its content is of another kind, or does not fit its own configuration.
+    """
+    if checkpoint is None:
+        raise ValueError(
+            "checkpoint must be the folder of an evor.py run or an agents/*.pt file, got None."
+        )
+    path = Path(checkpoint)
+    if path.is_file():
+        return _load_agent(path, device)
+    folder = path if Checkpoint.is_checkpoint(path) else path / "checkpoint"
+    if not Checkpoint.is_checkpoint(folder):
+        raise FileNotFoundError(
+            "checkpoint must be the folder of an evor.py run or an agents/*.pt file, "
+            f"got {str(checkpoint)!r}."
+        )
+    return _load_run(folder, device)
+
+
+def _load_agent(path: Path, device) -> Trained:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        actor = agents.load(path, device)
+    except Exception as error:
+        raise ValueError(f"checkpoint={str(path)!r} is no agent of many.py: {error!r}") from error
+    labels = {name: content[name] for name in ("env", "task", "method", "seed")}
+    return Trained(actor.policy, actor.returns, **labels)
+
+
+class _Sizes:
+    """What ``utils.make_networks`` asks of a dataset; the units come with the checkpoint."""
+
+    def __init__(self, name: str) -> None:
+        env = OGBenchEnv(name)
+        self._row = TensorDict(
+            observation=env.observation_spec["observation"].zero(), action=env.action_spec.zero()
+        )
+        env.close()
+
+    def __getitem__(self, index) -> TensorDict:
+        return self._row
+
+    def return_statistics(self, gamma: float) -> tuple[float, float]:
+        return 0.0, 1.0
+
+
+def _load_run(folder: Path, device) -> Trained:
+    saved = Checkpoint(config={}, progress={})
+    try:
+        saved.load(folder)
+        cfg = OmegaConf.create(saved.components["config"])
+        name = utils.env_name(cfg)
+        policy, returns = utils.make_networks(cfg, _Sizes(name), torch.device("cpu"))
+        loss, _, _ = utils.make_loss(cfg, policy, returns)
+        Checkpoint(loss=loss).load(folder, components=["loss"])
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint={str(folder)!r} does not fit the networks of its configuration, or is "
+            f"not of evor.py: {error!r}"
+        ) from error
+    labels = {"env": cfg.env.name, "task": cfg.env.task, "method": "evor", "seed": cfg.seed}
+    return Trained(policy.to(device), returns.to(device), **labels)
+
+
+def make_actor(trained: Trained, options: dict) -> EVORActor:
+    """The actor of a trained agent with some options; the numbers are checked.
+
+    Raises:
+        ValueError: if an option is bad, or has no meaning for a scalar critic.
+    """
+    return EVORActor(trained.policy, trained.returns, **options)
+
+
+def check_sweep(name: str, values) -> list:
+    """The values of a sweep as a list.
+
+    Raises:
+        ValueError: if there are none, or one comes twice.
+    """
+    values = list(values or ())
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{name} must hold at least one value, and none twice, got {values}.")
+    return values
+
+
+def evaluate(
+    trained: Trained, actor: EVORActor, *, episodes: int, seed: int, num_envs: int, action_noise=0.0
+) -> dict:
+    """Columns of the episodes; every call meets the same starts and the same noise.
+
+    ``eval_seconds_per_decision`` is a share of calls for ``num_envs`` episodes at once,
+    ``latency_seconds`` the median time of a decision for one state alone.
+    """
+    device = trained.returns.loc.device
+    torch.manual_seed(seed)
+    with set_exploration_type(ExplorationType.RANDOM):
+        outcome = rollout_episodes(
+            lambda: OGBenchEnv(trained.env_name, action_noise=action_noise),
+            actor,
+            episodes,
+            seed=seed,
+            num_envs=num_envs,
+            device=device,
+            record=("observation",),
+        )
+        state = outcome["trace", "observation"][:1, 0].to(device)
+        latency = decision_seconds(actor, state)
+    return {**utils.episode_columns(outcome), "latency_seconds": latency}
+
+
+@torch.no_grad()
+def decision_seconds(actor: EVORActor, observation: torch.Tensor, repeats: int = 10) -> float:
+    """Median seconds of one decision for ``observation`` ``[1, obs]``, after two to warm up."""
+    seconds = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        # The copy to the CPU waits for the device.
+        actor(TensorDict(observation=observation, batch_size=[1]))["action"].cpu()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def labels(trained: Trained, checkpoint: str, options: dict) -> dict:
+    """Columns that say what was run."""
+    return {
+        "env": trained.env,
+        "task": trained.task,
+        "method": trained.method,
+        "seed": trained.seed,
+        "checkpoint": str(checkpoint),
+        **options,
+        "device": utils.device_name(trained.returns.loc.device),
+    }
+
+
+def csv_path(results_dir: str, study: str, env: str) -> Path:
+    """``<results_dir>/_studies/<study>/<env>.csv``; its folder is made."""
+    path = Path(results_dir) / "_studies" / study / f"{env}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def add_rows(path: Path, rows: list[dict]) -> list[dict[str, str]]:
+    """Adds raw rows to a file; what was run before in the same setting is replaced.
+
+    Returns:
+        All rows of the file, as text.
+
+    Raises:
+        ValueError: if the file has other columns.
+    """
+    rows = [{name: str(value) for name, value in row.items()} for row in rows]
+    with results_io._lock(path.parent):
+        old = read(path)
+        if old and list(old[0]) != list(rows[0]):
+            raise ValueError(f"{path} must have the columns {list(rows[0])}, got {list(old[0])}.")
+        replaced = {_key(row) for row in rows}
+        rows = [*(row for row in old if _key(row) not in replaced), *rows]
+        value_study.write(rows, path)
+    return rows
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a file as text; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _key(row: dict[str, str]) -> tuple:
+    return tuple(value for name, value in row.items() if name not in MEASURED)
+
+
+def pool(rows: list[dict[str, str]]) -> tuple[float, float, float]:
+    """Success over all episodes of some rows, and its 95 % Wilson interval."""
+    episodes = sum(int(row["episodes"]) for row in rows)
+    successes = sum(round(float(row["success"]) * int(row["episodes"])) for row in rows)
+    interval = binomtest(successes, episodes).proportion_ci(method="wilson")
+    return successes / episodes, interval.low, interval.high
+
+
+def plot_success(
+    rows: list[dict[str, str]],
+    x: str,
+    lines: tuple[str, ...],
+    path: Path,
+    beside: str = "latency_seconds",
+) -> None:
+    """Success with its interval, and a time beside it, against column ``x``.
+
+    Args:
+        rows (list of dict): raw rows. Episodes of all tasks and seeds that share ``x`` and
+            ``lines`` are pooled; rows that differ in them never are.
+        x (str): column of the horizontal axis, placed evenly because it may hold 0 and inf.
+        lines (tuple of str): columns that tell curves apart; only those that vary are named.
+        path (Path): the picture.
+        beside (str, optional): column of the right panel, in seconds.
+    """
+    ticks = sorted({float(row[x]) for row in rows})
+    varying = [name for name in lines if len({row[name] for row in rows}) > 1]
+    figure, (success, seconds) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for line in dict.fromkeys(tuple(row[name] for name in lines) for row in rows):
+        chosen = [row for row in rows if tuple(row[name] for name in lines) == line]
+        named = dict(zip(lines, line))
+        label = ", ".join(f"{name}={named[name]}" for name in varying) or named[lines[0]]
+        groups = {float(row[x]): [] for row in chosen}
+        for row in chosen:
+            groups[float(row[x])].append(row)
+        values = sorted(groups)
+        position = [ticks.index(value) for value in values]
+        mean, low, high = zip(*(pool(groups[value]) for value in values))
+        below, above = ([abs(m - e) for m, e in zip(mean, edge)] for edge in (low, high))
+        success.errorbar(position, mean, yerr=[below, above], marker="o", capsize=3, label=label)
+        times = [statistics.median(float(row[beside]) for row in groups[v]) for v in values]
+        seconds.plot(position, times, marker="o")
+    for axis in (success, seconds):
+        axis.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
+        axis.set_xlabel(x)
+    success.set(ylabel="success (95 % Wilson interval)", ylim=(-0.03, 1.03))
+    success.legend(frameon=False, fontsize=7)
+    seconds.set(ylabel=beside.replace("_", " "), yscale="log")
+    figure.suptitle(path.stem, fontsize=9)
+    figure.tight_layout()
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, format="png", dpi=150)
+    partial.replace(path)
+    plt.close(figure)
+
+
+def needs_flow(trained: Trained, study: str) -> None:
+    """Raises a ValueError where a study sweeps what only a reward-to-go flow has."""
+    if not isinstance(trained.returns, ReturnFlow):
+        raise ValueError(
+            f"study={study!r} needs the reward-to-go flow of an 'evor' agent, "
+            f"got method {trained.method!r}."
+        )

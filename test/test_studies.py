@@ -1,0 +1,356 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""The studies: what they refuse, what their rows hold, and each one small but the whole way."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+RECIPE = Path(__file__).resolve().parents[1] / "sota-implementations" / "evor"
+sys.path.insert(0, str(RECIPE))
+
+_has_extras = all(
+    importlib.util.find_spec(name) is not None
+    for name in ("hydra", "ogbench", "matplotlib", "scipy", "tqdm")
+)
+pytestmark = pytest.mark.skipif(not _has_extras, reason="needs the extras [all]")
+
+if _has_extras:
+    import agents
+    import architecture_study
+    import inference_study
+    import noise_study
+    import results_io
+    import stitch_study
+    import studies
+    from hydra import compose, initialize_config_dir
+
+    from torchrl_evor import VelocityMLP
+    from torchrl_evor.data.datasets import _ogbench_episodes
+    from torchrl_evor.data.datasets._ogbench_names import parse_file_name
+
+TASK = {"env": "pointmaze-medium-navigate", "task": 1, "seed": 0}
+
+
+def config(name: str, *overrides: str):
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> Path:
+    """A tiny agent as many.py writes it."""
+    value_inputs = observation_dim + 2 + (2 if method == "evor" else 0)
+    members = [
+        VelocityMLP(value_inputs, hidden_sizes=(8,), layer_norm=True)
+        for _ in range(1 if method == "evor" else 2)
+    ]
+    agent = agents.Agent(
+        VelocityMLP(observation_dim + 2 + 1, 2, hidden_sizes=(8,)), members, -100.0, 10.0
+    )
+    setting = many_setting()
+    cfg = SimpleNamespace(hidden_sizes=[8], num_steps=2, data=SimpleNamespace(batch_size=4))
+    windows = {method: SimpleNamespace(observation=torch.zeros(7, observation_dim))}
+    program = SimpleNamespace(num_updates=3, windows=windows, cfg=cfg)
+    return agents.save(folder, TASK["env"], method, setting, agent, program)
+
+
+def many_setting():
+    from many import Setting
+
+    return Setting(seed=0, task=1, n_step=5)
+
+
+def row(value, success, episodes=10, seed=0, **other):
+    return {
+        "num_candidates": value,
+        "method": "evor",
+        "seed": seed,
+        "episodes": episodes,
+        "success": success,
+        "latency_seconds": 0.001,
+        **other,
+    }
+
+
+class TestRows:
+    def test_a_repeated_setting_replaces_its_row(self, tmp_path):
+        path = tmp_path / "rows.csv"
+        studies.add_rows(path, [row(1, 0.0), row(2, 0.5)])
+        rows = studies.add_rows(path, [row(2, 0.9)])
+        assert [(r["num_candidates"], r["success"]) for r in rows] == [("1", "0.0"), ("2", "0.9")]
+        assert studies.read(path) == rows
+
+    def test_other_columns_are_refused(self, tmp_path):
+        path = tmp_path / "rows.csv"
+        studies.add_rows(path, [row(1, 0.0)])
+        with pytest.raises(ValueError, match="must have the columns"):
+            studies.add_rows(path, [row(1, 0.0, extra=1)])
+        assert len(studies.read(path)) == 1
+
+    def test_pooling_counts_episodes(self):
+        """10 of 10 and 0 of 40: 10 of 50, not the mean of the two shares."""
+        rows = [{"success": "1.0", "episodes": "10"}, {"success": "0.0", "episodes": "40"}]
+        mean, low, high = studies.pool(rows)
+        assert mean == 0.2
+        # Wilson: centre (k + z^2 / 2) / (n + z^2)
+        z2 = 1.959964**2
+        assert (low + high) / 2 == pytest.approx((10 + z2 / 2) / (50 + z2), abs=1e-6)
+
+    def test_are_not_taken_for_results_of_training(self, tmp_path):
+        path = studies.csv_path(tmp_path, "candidates", TASK["env"])
+        studies.add_rows(path, [row(1, 0.0)])
+        with pytest.raises(ValueError, match="must hold rows"):
+            results_io.read_rows(tmp_path)
+
+    def test_picture(self, tmp_path):
+        rows = [
+            {k: str(v) for k, v in row(value, 0.5, method=method).items()}
+            for value in (0.0, 1.0, math.inf)
+            for method in ("evor", "scalar")
+        ]
+        studies.plot_success(rows, "num_candidates", ("method",), tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("values", [[], None, [1, 2, 1]])
+    def test_sweeps(self, values):
+        with pytest.raises(ValueError, match="sizes must hold at least one value, and none twice"):
+            studies.check_sweep("sizes", values)
+
+    def test_no_checkpoint(self, tmp_path):
+        with pytest.raises(ValueError, match="checkpoint must be the folder"):
+            studies.load(None)
+        with pytest.raises(FileNotFoundError, match="checkpoint must be the folder"):
+            studies.load(tmp_path)
+
+    def test_a_file_of_another_kind(self, tmp_path):
+        torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match="is no agent of many.py"):
+            studies.load(tmp_path / "other.pt")
+
+    @pytest.mark.parametrize(
+        "overrides, message",
+        [
+            (["study=speed"], "study must be one of candidates, samples, tau_q, tau_r"),
+            (["values=[]"], "values must hold at least one value"),
+            (["values=[0]"], "num_candidates"),
+            (["study=tau_q", "values=[-1.0]"], "tau_q"),
+            (["actor.nodes=some"], "nodes"),
+        ],
+    )
+    def test_inference(self, tmp_path, overrides, message):
+        trained = studies.load(agent_file(tmp_path))
+        with pytest.raises(ValueError, match=message):
+            inference_study.make_sweep(config("inference_study", *overrides), trained)
+
+    @pytest.mark.parametrize("study", ["samples", "tau_r"])
+    def test_a_scalar_critic_has_no_nodes(self, tmp_path, study):
+        trained = studies.load(agent_file(tmp_path, method="scalar"))
+        with pytest.raises(ValueError, match="needs the reward-to-go flow .* got method 'scalar'"):
+            inference_study.make_sweep(config("inference_study", f"study={study}"), trained)
+
+    @pytest.mark.parametrize(
+        "override, message",
+        [
+            ("noises=[]", "noises must hold"),
+            ("noises=[-0.5]", "noises must be finite and at least 0"),
+            ("tau_rs=[-1.0]", "tau_rs must be at least 0"),
+            ("env.task=9", "task"),
+        ],
+    )
+    def test_noise(self, override, message):
+        with pytest.raises(ValueError, match=message):
+            noise_study.check(config("noise_study", override))
+
+    @pytest.mark.parametrize(
+        "override, message",
+        [
+            ("variants=null", "variants must hold"),
+            ("eval.interval=7", "must be a multiple of eval.interval"),
+            ("+variants.dataset.data.steps=3", "variants.dataset does not fit baselines.yaml"),
+            ("improved.num_candidates=0", "improved.num_candidates"),
+            ("improved.tau_r=-1", "improved.tau_r"),
+        ],
+    )
+    def test_stitch(self, override, message):
+        with pytest.raises(ValueError, match=message):
+            stitch_study.make_variants(config("stitch_study", override))
+
+    @pytest.mark.parametrize(
+        "override, message",
+        [
+            ("variants=null", "must each hold at least one entry"),
+            ("methods=[scalar]", "methods must be TD targets"),
+            ("+variants.base={widths: 3}", "variants.base may set"),
+            ("base.z=wavelets", "z must be 'raw', 'fourier' or 'bins', got 'wavelets'"),
+        ],
+    )
+    def test_architecture(self, override, message):
+        with pytest.raises(ValueError, match=message):
+            architecture_study.make_variants(config("architecture_study", override))
+
+
+def test_parameters_by_hand():
+    """Chain: 10 states, 1 action, z and time; bins add 32 inputs, Fourier times 8."""
+    truth = architecture_study.value_study.ExactReturns("chain", [1.0])
+    variants = architecture_study.make_variants(config("architecture_study"))
+    sizes = {k: architecture_study.num_parameters(v, truth) for k, v in variants.items()}
+    assert sizes["depth 1"] == 13 * 64 + 64 + 64 + 1
+    assert sizes["base"] == sizes["depth 1"] + 64 * 64 + 64
+    assert sizes["layer norm"] == sizes["base"] + 2 * 2 * 64
+    assert sizes["both"] == sizes["base"] + (32 + 8) * 64
+
+
+def test_sweep_changes_one_option_only(tmp_path):
+    trained = studies.load(agent_file(tmp_path))
+    assert (trained.env, trained.task, trained.method) == (TASK["env"], 1, "evor")
+    cfg = config("inference_study", "study=tau_r")
+    sweep = inference_study.make_sweep(cfg, trained)
+    assert [actor.tau_r for _, actor in sweep] == list(cfg.grids.tau_r)
+    assert {actor.num_candidates for _, actor in sweep} == {32}
+    assert all(actor.returns is trained.returns for _, actor in sweep)
+
+
+def episode(action_noise: float):
+    file = parse_file_name("pointmaze-medium-navigate-v0")
+    behaviour = _ogbench_episodes.Behaviour.official(
+        file, noise=0.0, episode_length=60, action_noise=action_noise
+    )
+    source = _ogbench_episodes.make_episode_source(behaviour)
+    try:
+        return source(3)
+    finally:
+        source.close()
+
+
+def test_data_of_a_noisy_world_hold_the_commanded_action():
+    """Commands of a noiseless controller have length 1 or less; the world scatters their effect."""
+    calm, noisy = episode(0.0), episode(0.5)
+    for data in (calm, noisy):
+        assert np.linalg.norm(data["actions"], axis=-1).max() <= 1 + 1e-5
+
+    def residual(data):
+        # A free step moves the point by 0.2 times what is executed; walls stop some.
+        moved = np.diff(data["observations"], axis=0) / 0.2
+        return np.median(np.abs(moved - data["actions"][:-1]))
+
+    assert residual(calm) < 1e-3
+    assert 0.1 < residual(noisy) < 0.7
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("studies")
+
+
+def run(script: str, root: Path, *overrides: str) -> None:
+    result = subprocess.run(
+        [sys.executable, str(RECIPE / script), *overrides],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def check_outputs(root: Path, study: str, env: str, count: int) -> list[dict]:
+    path = root / "results" / "_studies" / study / f"{env}.csv"
+    rows = studies.read(path)
+    assert len(rows) == count
+    assert all(0 <= float(r["success"]) <= 1 for r in rows)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    return rows
+
+
+@pytest.mark.slow
+def test_inference_study(root):
+    overrides = [f"checkpoint={agent_file(root)}", "eval.episodes=1", "device=cpu"]
+    run("inference_study.py", root, *overrides, "values=[1,2]", "actor.num_samples=2")
+    rows = check_outputs(root, "candidates", TASK["env"], 2)
+    assert [r["num_candidates"] for r in rows] == ["1", "2"]
+    assert all(float(r["latency_seconds"]) > 0 for r in rows)
+
+
+@pytest.mark.slow
+def test_noise_study_trains_and_goes_on(root):
+    train = ["data.n_step=20", "data.batch_size=8", "optim.num_updates=2", "value.hidden_sizes=[8]"]
+    overrides = [
+        "noises=[0.5]",
+        "data.num_transitions=2000",
+        "data.num_workers=1",
+        "train=[" + ",".join(f'"{x}"' for x in train) + "]",
+        "actor.num_candidates=2",
+        "actor.num_samples=2",
+        "eval.episodes=1",
+        "device=cpu",
+    ]
+    run("noise_study.py", root, *overrides, "tau_rs=[0]")
+    run("noise_study.py", root, *overrides, "tau_rs=[.inf]")
+    rows = check_outputs(root, "noise", TASK["env"], 2)
+    assert [(r["action_noise"], r["tau_r"]) for r in rows] == [("0.5", "0.0"), ("0.5", "inf")]
+    (run_folder,) = (root / "outputs" / "noise_study").glob("*/noise0.5/task1-seed0")
+    first, second = studies.load(run_folder), studies.load(run_folder / "checkpoint")
+    # Units and weights are the checkpoint's, not those of a fresh network.
+    assert first.returns.loc < -1 and first.returns.scale > 1
+    for a, b in zip(first.policy.parameters(), second.policy.parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_stitch_study(root):
+    run(
+        "stitch_study.py",
+        root,
+        f"data.root={root / 'data'}",
+        "data.num_transitions=2000",
+        "data.batch_size=8",
+        "optim.num_updates=2",
+        "eval.interval=1",
+        "eval.final_episodes=1",
+        "value.hidden_sizes=[8]",
+        "policy.hidden_sizes=[8]",
+        "actor.num_candidates=1",
+        "actor.num_samples=1",
+        "baseline.num_candidates=2",
+        "device=cpu",
+    )
+    rows = check_outputs(root, "stitch", "pointmaze-medium-stitch", 8)
+    seconds = [float(r["train_seconds"]) for r in rows if r["method"] == "improved"]
+    assert len(seconds) == 2 and 0 < seconds[0] < seconds[1]
+
+
+@pytest.mark.slow
+def test_architecture_study(root):
+    run(
+        "architecture_study.py",
+        root,
+        "problems=[chain]",
+        "num_updates=2",
+        "interval=2",
+        "num_seeds=2",
+        "batch_size=4",
+        f"output={root / 'architecture'}",
+    )
+    rows = studies.read(root / "architecture" / "architecture_study.csv")
+    assert len(rows) == 2 * len(config("architecture_study").variants)
+    assert all(math.isfinite(float(r["w1"])) for r in rows)
+    assert (root / "architecture" / "architecture_study.png").stat().st_size > 0
+
+
+if __name__ == "__main__":
+    pytest.main([__file__, "-v"])
