@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import figures
@@ -35,7 +34,6 @@ def main(cfg: DictConfig) -> None:
     run = utils.Run(cfg, output, loss, updater, optimizer)
     run.resume(cfg.resume)
 
-    start = time.perf_counter()
     with tqdm(total=cfg.optim.num_updates, initial=run.step, unit="update") as bar:
         while run.step < cfg.optim.num_updates:
             with timeit("sample"):
@@ -50,13 +48,12 @@ def main(cfg: DictConfig) -> None:
             if run.due(cfg.eval.interval) and run.step < cfg.optim.num_updates:
                 episodes = utils.evaluate(cfg, actor, cfg.eval.episodes)
                 bar.write(run.log_episodes(episodes))
-    train_seconds = time.perf_counter() - start
     run.save()
 
     episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
     tqdm.write(run.log_episodes(episodes))
     if cfg.results_dir is not None:
-        utils.append_result(cfg, run, actor, episodes, train_seconds)
+        utils.append_result(cfg, run, actor, episodes)
     figures.learning_curve(run.history, output / "learning_curve.png")
     figures.reward_to_go(data, actor, cfg.loss.gamma, output / "reward_to_go.png")
     if "maze" in cfg.env.name:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
+import time
 from pathlib import Path
 
 import results_io
@@ -174,7 +175,10 @@ class Run:
         self.cfg = cfg
         self.output = output
         self.step = 0
+        # Wall-clock time of training so far; None: resumed from a checkpoint without it.
+        self.seconds: float | None = 0.0
         self.history: dict[str, list] = {"train": [], "eval": []}
+        self._last: float | None = None
         self._sum, self._count = None, 0
         self._modules = {"loss": loss, "updater": updater, "optimizer": optimizer}
         kwargs = {"wandb_kwargs": {"project": cfg.logger.project, "mode": cfg.logger.mode}}
@@ -187,6 +191,10 @@ class Run:
 
     def add(self, losses: TensorDictBase) -> None:
         """Counts one update; its losses stay on their device until they are logged."""
+        now = time.perf_counter()
+        if self._last is not None and self.seconds is not None:
+            self.seconds += now - self._last
+        self._last = now
         self.step += 1
         self._count += 1
         self._sum = losses if self._sum is None else self._sum + losses
@@ -204,6 +212,7 @@ class Run:
 
     def log_episodes(self, episodes: TensorDictBase) -> str:
         """Logs an evaluation and puts it in a sentence."""
+        self._last = None  # the time of evaluations is not that of training
         row = summarize(episodes)
         self._log("eval", row)
         return (
@@ -221,7 +230,7 @@ class Run:
 
     def save(self) -> Path:
         """Writes the checkpoint; what was there before stays whole until it is replaced."""
-        progress = {"step": self.step, "history": self.history}
+        progress = {"step": self.step, "seconds": self.seconds, "history": self.history}
         config = OmegaConf.to_container(self.cfg, resolve=True)
         checkpoint = self._checkpoint(rng=GlobalRNGState(), progress=progress, config=config)
         return checkpoint.save(self.output / "checkpoint")
@@ -244,16 +253,15 @@ class Run:
                     f"this run has {now}."
                 )
         self._checkpoint(rng=GlobalRNGState()).load(path, components=[*self._modules, "rng"])
-        self.step = saved.components["progress"]["step"]
-        self.history = saved.components["progress"]["history"]
+        progress = saved.components["progress"]
+        self.step, self.history = progress["step"], progress["history"]
+        self.seconds = progress.get("seconds")
 
     def _checkpoint(self, **components) -> Checkpoint:
         return Checkpoint(**self._modules, **components)
 
 
-def append_result(
-    cfg: DictConfig, run: Run, actor: EVORActor, episodes: TensorDictBase, train_seconds: float
-) -> None:
+def append_result(cfg: DictConfig, run: Run, actor: EVORActor, episodes: TensorDictBase) -> None:
     """Adds the row of a finished run to the folder ``cfg.results_dir``."""
     device = actor.returns.loc.device
     row = {
@@ -271,7 +279,7 @@ def append_result(
         "num_samples": cfg.actor.num_samples,
         "tau_r": cfg.actor.tau_r,
         "device": device_name(device),
-        "train_seconds": train_seconds,
+        "train_seconds": run.seconds,
         "peak_memory_mb": peak_memory_mb(device),
         "parameters": sum(p.numel() for p in actor.parameters()),
         "command": " ".join(["python", *sys.argv]),
