@@ -167,6 +167,7 @@ class TestBadInput:
         [
             ("noises=[]", "noises must hold"),
             ("noises=[-0.5]", "noises must be finite and at least 0"),
+            ("tau_rs=[.inf]", "on a command line inf, not .inf"),
             ("tau_rs=[-1.0]", "tau_rs must be at least 0"),
             ("env.task=9", "task"),
         ],
@@ -300,7 +301,7 @@ def test_noise_study_trains_and_goes_on(root):
         "device=cpu",
     ]
     run("noise_study.py", root, *overrides, "tau_rs=[0]")
-    run("noise_study.py", root, *overrides, "tau_rs=[.inf]")
+    run("noise_study.py", root, *overrides, "tau_rs=[inf]")
     rows = check_outputs(root, "noise", TASK["env"], 2)
     assert [(r["action_noise"], r["tau_r"]) for r in rows] == [("0.5", "0.0"), ("0.5", "inf")]
     (run_folder,) = (root / "outputs" / "noise_study").glob("*/noise0.5/task1-seed0")

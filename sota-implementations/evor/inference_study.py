@@ -39,10 +39,10 @@ def make_sweep(cfg: DictConfig, trained: studies.Trained) -> list[tuple[dict, ob
         studies.needs_flow(trained, cfg.study)
     values = cfg.grids[cfg.study] if cfg["values"] is None else cfg["values"]
     base = OmegaConf.to_container(cfg.actor)
-    base = {name: float(v) if name.startswith("tau") else v for name, v in base.items()}
+    for name in ("tau_r", "tau_q"):
+        base[name] = studies.check_number(f"actor.{name}", base[name])
     sweep = []
-    for value in studies.check_sweep("values", values):
-        value = float(value) if cfg.study.startswith("tau") else value
+    for value in studies.check_sweep("values", values, numbers=cfg.study.startswith("tau")):
         options = {**base, SWEPT[cfg.study]: value}
         sweep.append((options, studies.make_actor(trained, options)))
     return sweep

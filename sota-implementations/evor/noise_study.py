@@ -79,12 +79,12 @@ def train(cfg: DictConfig, folder: Path, seed: int) -> Path:
 def check(cfg: DictConfig) -> tuple[list[float], list[float], list[int]]:
     """The sweeps, before any work is done."""
     resolve_environment(utils.env_name(cfg))
-    sweeps = [studies.check_sweep(name, cfg[name]) for name in ("noises", "tau_rs", "seeds")]
-    if not all(0 <= noise < float("inf") for noise in sweeps[0]):
-        raise ValueError(f"noises must be finite and at least 0, got {sweeps[0]}.")
-    if not all(tau >= 0 for tau in sweeps[1]):
-        raise ValueError(f"tau_rs must be at least 0, got {sweeps[1]}.")
-    return [float(x) for x in sweeps[0]], [float(x) for x in sweeps[1]], sweeps[2]
+    noises, tau_rs = (studies.check_sweep(x, cfg[x], numbers=True) for x in ("noises", "tau_rs"))
+    if not all(0 <= noise < float("inf") for noise in noises):
+        raise ValueError(f"noises must be finite and at least 0, got {noises}.")
+    if not all(tau >= 0 for tau in tau_rs):
+        raise ValueError(f"tau_rs must be at least 0, got {tau_rs}.")
+    return noises, tau_rs, studies.check_sweep("seeds", cfg.seeds)
 
 
 def evaluate(cfg: DictConfig, run: Path, noise: float, tau_rs: list[float], path: Path) -> list:

@@ -144,13 +144,24 @@ def make_actor(trained: Trained, options: dict) -> EVORActor:
     return EVORActor(trained.policy, trained.returns, **options)
 
 
-def check_sweep(name: str, values) -> list:
-    """The values of a sweep as a list.
+def check_number(name: str, value) -> float:
+    """A value as a float; infinity is ``.inf`` in a YAML file and ``inf`` on a command line."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(
+            f"{name} must hold numbers (on a command line inf, not .inf), got {value!r}."
+        )
+    return float(value)
+
+
+def check_sweep(name: str, values, numbers: bool = False) -> list:
+    """The values of a sweep as a list, as floats if they are to be ``numbers``.
 
     Raises:
-        ValueError: if there are none, or one comes twice.
+        ValueError: if there are none, one comes twice, or one is no number.
     """
     values = list(values or ())
+    if numbers:
+        values = [check_number(name, value) for value in values]
     if not values or len(set(values)) < len(values):
         raise ValueError(f"{name} must hold at least one value, and none twice, got {values}.")
     return values
