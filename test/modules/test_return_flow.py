@@ -234,5 +234,45 @@ class TestModule:
             assert gaussian_flow().q_star(*states((0.0, 1.0)), tau, 4).dtype == torch.float64
 
 
+class TestSelect:
+    @staticmethod
+    def flow(**kwargs):
+        torch.manual_seed(0)
+        return ReturnFlow(VelocityMLP(3 + 2 + 2, hidden_sizes=(32, 32)), loc=-5.0, **kwargs)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("tolerance", [0.0, 1e-4])
+    def test_fused_values_are_the_networks_own(self, tolerance):
+        observation, candidates = torch.randn(4, 3), torch.randn(4, 8, 2)
+        flow = self.flow(tolerance=tolerance)
+        assert flow.why_not_fused(observation, candidates) is None
+        action, value, values = flow.select(observation, candidates, tau_r=0.5, num_samples=64)
+        expected = flow.q_star(observation.unsqueeze(-2), candidates, 0.5, 64)
+        torch.testing.assert_close(values, expected, rtol=1e-5 + tolerance, atol=0)
+        index = values.argmax(-1)
+        torch.testing.assert_close(value, values[torch.arange(4), index])
+        torch.testing.assert_close(action, candidates[torch.arange(4), index])
+
+    def test_reason_is_given_and_the_network_runs_itself(self):
+        flow = ReturnFlow(nn.Linear(3 + 2 + 2, 1))
+        observation, candidates = torch.randn(4, 3), torch.randn(4, 8, 2)
+        with torch.no_grad():
+            assert "nn.Sequential" in flow.why_not_fused(observation, candidates)
+            assert flow.select(observation, candidates, tau_r=1.0)[2].shape == (4, 8)
+            with pytest.raises(RuntimeError, match="backend='triton' is not available"):
+                flow.select(observation, candidates, tau_r=1.0, backend="triton")
+
+    def test_gradients_take_the_network_itself(self):
+        flow, candidates = self.flow(), torch.randn(4, 8, 2, requires_grad=True)
+        assert "gradients" in flow.why_not_fused(torch.randn(4, 3), candidates)
+        flow.select(torch.randn(4, 3), candidates, tau_r=1.0)[1].sum().backward()
+        assert candidates.grad.abs().sum() > 0
+
+    @pytest.mark.parametrize("tolerance", [-1e-3, INF, float("nan")])
+    def test_bad_tolerance(self, tolerance):
+        with pytest.raises(ValueError, match="tolerance must be"):
+            self.flow(tolerance=tolerance)
+
+
 if __name__ == "__main__":
     pytest.main([__file__])

@@ -4,6 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -56,10 +57,14 @@ class ReturnFlow(ReturnModel):
             Defaults to ``["state_action_value"]``.
         num_samples (int, optional): stratified nodes of the mean that
             :meth:`forward` writes. Defaults to ``16``.
+        tolerance (float, optional): relative error up to which :meth:`select`
+            may interpolate the velocity instead of integrating every node, see
+            :func:`~torchrl_evor.triton_kernels.evor_select`. Pays for many
+            nodes on a CPU. Defaults to ``0.0``, every node.
 
     Raises:
         ValueError: if ``num_steps`` or a number of nodes is below 1, ``scale``
-            is not positive and finite, a temperature is negative, or the
+            is not positive and finite, a temperature or ``tolerance`` negative, or the
             network does not return one velocity per row.
 
     Examples:
@@ -86,12 +91,16 @@ class ReturnFlow(ReturnModel):
         in_keys: Sequence[NestedKey] = ("observation", "action"),
         out_keys: Sequence[NestedKey] = ("state_action_value",),
         num_samples: int = 16,
+        tolerance: float = 0.0,
     ) -> None:
         super().__init__(
             loc=loc, scale=scale, in_keys=in_keys, out_keys=out_keys, num_samples=num_samples
         )
         self.velocity_network = velocity_network
         self.num_steps = check_positive("num_steps", num_steps)
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance must be at least 0 and finite, got {tolerance}.")
+        self.tolerance = tolerance
 
     def velocity(self, observation: Tensor, action: Tensor, z: Tensor, time: Tensor) -> Tensor:
         """Velocity of ``z`` ``[*B, 1]`` at flow time ``time`` ``[*B, 1]``, in z units."""
@@ -224,6 +233,7 @@ class ReturnFlow(ReturnModel):
             loc=self.loc,
             scale=self.scale,
             backend=backend,
+            tolerance=self.tolerance,
         )
 
     def why_not_fused(self, observation: Tensor, candidates: Tensor) -> str | None:
