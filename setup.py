@@ -14,7 +14,7 @@ PLOTS = ["matplotlib", "scipy"]
 # The TensorBoard logger of TorchRL needs the tensorboard package.
 ALL = OGBENCH + HYDRA + WANDB + PLOTS + ["tensorboard", "tqdm"]
 # numpy: the Triton interpreter of some releases rejects runtime loop bounds with newer versions.
-DEV = ALL + TRITON + ["pytest>=8", "pytest-benchmark", "ruff>=0.8", "numpy<2.3"]
+DEV = ALL + TRITON + ["pytest>=8", "pytest-benchmark", "ruff==0.17.5", "numpy<2.3"]
 
 setup(
     name="torchrl_evor",
