@@ -23,7 +23,6 @@ import torch
 import utils
 import value_study
 from omegaconf import OmegaConf
-from scipy.stats import binomtest
 from tensordict import TensorDict
 from torchrl.checkpoint import Checkpoint
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -31,6 +30,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl_evor import EVORActor, FlowMatchingPolicy, OGBenchEnv, ReturnFlow
 from torchrl_evor.envs import rollout_episodes
 from torchrl_evor.modules import ReturnModel
+from torchrl_evor.record import wilson_interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -260,7 +260,7 @@ def pool(rows: list[dict[str, str]]) -> tuple[float, float, float]:
     """Success over all episodes of some rows, and its 95 % Wilson interval."""
     episodes = sum(int(row["episodes"]) for row in rows)
     successes = sum(round(float(row["success"]) * int(row["episodes"])) for row in rows)
-    interval = binomtest(successes, episodes).proportion_ci(method="wilson")
+    interval = wilson_interval(successes, episodes)
     return successes / episodes, interval.low, interval.high
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import results_io
 import torch
 from omegaconf import DictConfig, OmegaConf
-from scipy.stats import binomtest
 from tensordict import TensorDictBase
 from torchrl._utils import timeit
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
@@ -33,6 +32,7 @@ from torchrl_evor import (
     VelocityMLP,
 )
 from torchrl_evor.envs import resolve_environment, rollout_episodes
+from torchrl_evor.record import wilson_interval
 
 # What a checkpoint must share with the run that continues it.
 IDENTITY = ("env", "data", "policy", "value", "loss", "seed")
@@ -154,7 +154,7 @@ def evaluate(
 def summarize(episodes: TensorDictBase) -> dict[str, float]:
     """Mean success with its 95 % Wilson interval, mean return with its 95 % normal interval."""
     count, successes = len(episodes), int(episodes["success"].sum())
-    interval = binomtest(successes, count).proportion_ci(method="wilson")
+    interval = wilson_interval(successes, count)
     returns = episodes["return"].double()
     half = 1.96 * returns.std().item() / math.sqrt(count) if count > 1 else math.nan
     return {

@@ -147,6 +147,21 @@ class FlowPolicyLoss(LossModule):
         self._clear_weakrefs(tensordict, "actor_network_params")
         return loss, {}
 
+    def _next_action(self, tensordict: TensorDictBase) -> Tensor:
+        """Action of the data, or of the base policy, at the next state, ``[*B, act]``."""
+        if self.next_action == "dataset":
+            return tensordict[unravel_key(("next", self.tensor_keys.action))]
+        observation = tensordict[unravel_key(("next", self._actor_observation))]
+        with self._swap("actor_network"):
+            return self.actor_network.module(observation)
+
+    def _next_candidates(self, tensordict: TensorDictBase) -> Tensor:
+        """``num_candidates`` actions of the base policy at the next state, ``[*B, P, act]``."""
+        observation = tensordict[unravel_key(("next", self._actor_observation))]
+        rows = (*observation.shape[:-1], self.num_candidates, observation.shape[-1])
+        with self._swap("actor_network"):
+            return self.actor_network.module(observation.unsqueeze(-2).expand(rows))
+
     def _swap(self, name: str, target: bool = False):
         """The network with its (target) parameters in place, as a context."""
         params = getattr(self, f"target_{name}_params" if target else f"{name}_params")

@@ -162,15 +162,6 @@ class CriticLoss(FlowPolicyLoss):
             values, log_weights = self.qvalue_network.law(outputs)
         return reward + discount * values, log_weights
 
-    def _next_action(self, tensordict: TensorDictBase) -> Tensor:
-        """Action at the next state, ``[*B, act]``."""
-        if self.next_action == "dataset":
-            return tensordict[unravel_key(("next", self.tensor_keys.action))]
-        with self._swap("actor_network"):
-            return self.actor_network.module(
-                tensordict[unravel_key(("next", self._actor_observation))]
-            )
-
     @staticmethod
     def _mean(values: Tensor, log_weights: Tensor | None) -> Tensor:
         return log_mean_exp(values, float("inf"), log_weights=log_weights)

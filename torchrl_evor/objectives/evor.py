@@ -220,19 +220,11 @@ class EVORLoss(FlowPolicyLoss):
         return point, time, target
 
     def _next_action(self, tensordict: TensorDictBase) -> Tensor:
-        """Action at the next state, ``[*B, act]``."""
-        if self.next_action == "dataset":
-            return tensordict[unravel_key(("next", self.tensor_keys.action))]
-        observation = tensordict[unravel_key(("next", self._actor_observation))]
-        with self._swap("actor_network"):
-            if self.next_action == "policy":
-                return self.actor_network.module(observation)
-            rows = (*observation.shape[:-1], self.num_candidates, observation.shape[-1])
-            candidates = self.actor_network.module(observation.unsqueeze(-2).expand(rows))
-        return self._improve(tensordict[unravel_key(("next", self._value_observation))], candidates)
-
-    def _improve(self, observation: Tensor, candidates: Tensor) -> Tensor:
-        """Chooses among ``candidates`` ``[*B, P, act]`` by the target network's Q*."""
+        """Action at the next state, ``[*B, act]``; the best of a few if ``"improved"``."""
+        if self.next_action != "improved":
+            return super()._next_action(tensordict)
+        candidates = self._next_candidates(tensordict)
+        observation = tensordict[unravel_key(("next", self._value_observation))]
         with self._swap("value_network", target=True):
             action, _, _ = self.value_network.select(
                 observation,

@@ -117,10 +117,7 @@ class QCLoss(CriticLoss):
 
     def _next_action(self, tensordict: TensorDictBase) -> Tensor:
         """Best of the policy's candidates by the online critic, ``[*B, act]``."""
-        observation = tensordict[unravel_key(("next", self._actor_observation))]
-        rows = (*observation.shape[:-1], self.num_candidates, observation.shape[-1])
-        with self._swap("actor_network"):
-            candidates = self.actor_network.module(observation.unsqueeze(-2).expand(rows))
+        candidates = self._next_candidates(tensordict)
         observation = tensordict[unravel_key(("next", self._value_observation))]
         with self._swap("qvalue_network"):
             action, _, _ = self.qvalue_network.select(observation, candidates, tau_r=float("inf"))
