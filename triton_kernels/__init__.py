@@ -14,11 +14,14 @@ from .ops import (
     why_no_triton,
     why_not_packable,
 )
+from .reference import philox_gumbel, philox_normal
 
 __all__ = [
     "evor_select",
     "pack_velocity_mlp",
     "PackedVelocity",
+    "philox_gumbel",
+    "philox_normal",
     "sample_returns",
     "why_no_triton",
     "why_not_packable",

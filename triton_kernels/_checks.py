@@ -14,9 +14,11 @@ from torch import Tensor
 
 __all__ = [
     "Backend",
+    "check_draws",
     "check_kinds",
     "check_optional",
     "check_options",
+    "check_seed_is_read",
     "check_temperatures",
     "check_tensors",
     "Precision",
@@ -28,7 +30,7 @@ BACKENDS = ("auto", "torch", "triton", "triton_layered", "triton_loop")
 PRECISIONS = ("fp16", "bf16", "tf32", "tf32x3", "ieee")
 
 
-def check_tensors(packed, observation: Tensor, action: Tensor, noise: Tensor) -> None:
+def check_tensors(packed, observation: Tensor, action: Tensor) -> None:
     batch = observation.shape[:-1]
     if observation.shape[-1] != packed.observation_dim:
         raise ValueError(
@@ -40,16 +42,56 @@ def check_tensors(packed, observation: Tensor, action: Tensor, noise: Tensor) ->
             f"action has shape {tuple(action.shape)}, expected [*B, P, act] with *B ="
             f" {tuple(batch)} and act = {packed.action_dim}."
         )
-    if action.shape[-2] < 1 or noise.ndim < 1 or noise.shape[-1] < 1:
+    if action.shape[-2] < 1:
         raise ValueError(
-            f"expected at least one candidate and one node, got action {tuple(action.shape)} and"
-            f" noise {tuple(noise.shape)}."
+            f"action has shape {tuple(action.shape)}, expected at least one candidate."
         )
+
+
+def check_draws(
+    action: Tensor, noise: Tensor | None, seed: Tensor | None, num_samples: int | None
+) -> int:
+    """Checks where the noise comes from and returns the number of nodes."""
+    if seed is not None:
+        _check_seed(seed, action.device)
+    if noise is None:
+        if seed is None:
+            raise ValueError("noise is needed, or a seed to draw it from.")
+        if num_samples is None or num_samples < 1:
+            raise ValueError(
+                f"num_samples must be at least 1 where the noise is drawn from seed, got"
+                f" {num_samples}."
+            )
+        return num_samples
+    if num_samples is not None:
+        raise ValueError(
+            f"num_samples={num_samples} and noise {tuple(noise.shape)} are both given, expected"
+            " num_samples with a seed only."
+        )
+    if noise.ndim < 1 or noise.shape[-1] < 1:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, expected at least one node.")
     if noise.ndim > 1 and noise.shape[:-1] != action.shape[:-1]:
         raise ValueError(
             f"noise has shape {tuple(noise.shape)}, expected [N] or [*B, P, N] with [*B, P] ="
             f" {list(action.shape[:-1])}."
         )
+    return noise.shape[-1]
+
+
+def check_seed_is_read(seed: Tensor | None, given: str) -> None:
+    """A seed that nothing is drawn from is a mistake: two sources of noise are given."""
+    if seed is not None and given:
+        raise ValueError(f"seed and {given} are given, which leaves nothing to draw from seed.")
+
+
+def _check_seed(seed: Tensor, device: torch.device) -> None:
+    if seed.dtype != torch.int64 or tuple(seed.shape) != (2,):
+        raise ValueError(
+            f"seed is {seed.dtype} of shape {tuple(seed.shape)}, expected torch.int64 of shape"
+            " (2,): a seed and the number of the call."
+        )
+    if seed.device != device:
+        raise ValueError(f"seed is on {seed.device}, action on {device}.")
 
 
 def check_optional(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -90,10 +132,14 @@ def check_options(num_steps: int, backend: str, precision: str | None, tolerance
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance}.")
 
 
-def check_temperatures(tau_r: float, tau_q: float, gumbel: Tensor | None) -> None:
+def check_temperatures(
+    tau_r: float, tau_q: float, gumbel: Tensor | None, seed: Tensor | None
+) -> None:
     if math.isnan(tau_r) or tau_r < 0:
         raise ValueError(f"tau_r must be in [0, inf], got {tau_r}.")
     if math.isnan(tau_q) or tau_q < 0 or math.isinf(tau_q):
         raise ValueError(f"tau_q must be in [0, inf), got {tau_q}.")
-    if tau_q > 0 and gumbel is None:
-        raise ValueError("gumbel is needed when tau_q > 0: standard Gumbel noise [*B, P].")
+    if tau_q > 0 and gumbel is None and seed is None:
+        raise ValueError(
+            "gumbel is needed when tau_q > 0: standard Gumbel noise [*B, P], or a seed."
+        )

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from torch import Tensor
 from ._cpu_path import cpu_sample, cpu_weights
 from ._torch_path import folded_sample
 from .packing import FrozenVelocity, fold
-from .reference import choose_candidate, q_star
+from .reference import choose_candidate, philox_gumbel, philox_normal, q_star
 
-__all__ = ["sample", "select", "value_dtype", "why_no_triton"]
+__all__ = ["Draws", "sample", "select", "value_dtype", "why_no_triton"]
 
 _has_triton = importlib.util.find_spec("triton") is not None
 
@@ -24,6 +25,23 @@ _PRECISION_OF_MATMUL = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
 _PRECISION_OF_DTYPE = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _MAX_ROWS = 2**31 - 2**20  # 32-bit row indices, less the largest tile
 _MAX_WIDTH = 1024
+
+
+class Draws(NamedTuple):
+    """Start of the flow: noise as it is, or a seed from which ``num_nodes`` are drawn."""
+
+    noise: Tensor | None  # [N] or [S, P, N]
+    seed: Tensor | None  # [2] int64
+    num_nodes: int
+
+    def shape(self, action: Tensor) -> tuple[int, ...]:
+        return (*action.shape[:2], self.num_nodes)
+
+    def rows(self, action: Tensor) -> int:
+        return action.shape[0] * action.shape[1] * self.num_nodes
+
+    def tensor(self, action: Tensor) -> Tensor:
+        return philox_normal(self.seed, self.shape(action)) if self.noise is None else self.noise
 
 
 def why_no_triton(
@@ -56,12 +74,12 @@ def why_no_triton(
     return None
 
 
-def _resolve_backend(backend: str, tensors, eps, action, noise, precision: str) -> str:
+def _resolve_backend(backend: str, tensors, eps, action, draws: Draws, precision: str) -> str:
     """``"torch"``, ``"triton"`` or one design of it, for one call."""
     if backend == "torch":
         return backend
     widths, dtype = _widths(tensors, eps), tensors[0].dtype
-    rows = action.shape[0] * action.shape[1] * noise.shape[-1]
+    rows = draws.rows(action)
     reason = why_no_triton(widths, dtype, action.device, rows)
     if backend == "auto":
         return "torch" if reason is not None else _fastest(widths, dtype, rows, precision)
@@ -85,15 +103,14 @@ def _resolve_precision(precision: str, dtype: torch.dtype) -> str:
 
 
 def _triton_z(
-    packed, tensors, eps, activation, observation, action, noise, num_steps, backend, precision
+    packed, tensors, eps, activation, observation, action, draws, num_steps, backend, precision
 ):
     # The kernels' module imports triton, which is optional.
     from . import _config, _launch
 
     precision = _resolve_precision(precision, tensors[0].dtype)
     widths = _widths(tensors, eps)
-    rows = action.shape[0] * action.shape[1] * noise.shape[-1]
-    config = _config.choose(backend, widths, precision, rows, action.device)
+    config = _config.choose(backend, widths, precision, draws.rows(action), action.device)
     weights = _cached(
         packed,
         ("triton", precision, isinstance(config, _launch.LoopConfig)),
@@ -101,14 +118,13 @@ def _triton_z(
             tensors, eps >= 0, precision, isinstance(config, _launch.LoopConfig)
         ),
     )
-    if noise.ndim > 1:
-        noise = noise.expand(*action.shape[:2], noise.shape[-1])
+    noise = draws.seed if draws.noise is None else draws.noise
     return _launch.sample_z(
         weights,
         observation.contiguous(),
         action.contiguous(),
         noise.contiguous().view(-1),
-        noise.shape[-1],
+        draws.num_nodes,
         num_steps=num_steps,
         activation=activation,
         eps=eps,
@@ -138,8 +154,8 @@ def _widths(tensors: list[Tensor | None], eps: float) -> tuple[int, ...]:
     return tuple(tensor.shape[0] for tensor in tensors[: 2 * num_linear - 2 : 2])
 
 
-def _torch_z(packed, tensors, eps, activation, observation, action, noise, num_steps, tolerance):
-    reads = (observation, action, noise, num_steps)
+def _torch_z(packed, tensors, eps, activation, observation, action, draws, num_steps, tolerance):
+    reads = (observation, action, draws.tensor(action), num_steps)
     if action.is_cpu and action.dtype in (torch.float32, torch.float64):
         weights = _cached(
             packed,
@@ -155,7 +171,7 @@ def _sample(
     packed,
     observation: Tensor,
     action: Tensor,
-    noise: Tensor,
+    draws: Draws,
     tensors: list[Tensor | None],
     activation: str,
     eps: float,
@@ -166,9 +182,8 @@ def _sample(
 ) -> Tensor:
     """End points ``[S, P, N]`` on a resolved backend; ``packed`` may hold a cache."""
     if action.shape[0] == 0:
-        shape = (*action.shape[:2], noise.shape[-1])
-        return action.new_empty(shape, dtype=value_dtype(action))
-    reads = (packed, tensors, eps, activation, observation, action, noise, num_steps)
+        return action.new_empty(draws.shape(action), dtype=value_dtype(action))
+    reads = (packed, tensors, eps, activation, observation, action, draws, num_steps)
     if backend == "torch":
         return _torch_z(*reads, tolerance)
     return _triton_z(*reads, backend, precision)
@@ -179,6 +194,8 @@ def sample(
     observation,
     action,
     noise,
+    seed,
+    num_nodes,
     tensors,
     activation,
     eps,
@@ -187,9 +204,10 @@ def sample(
     precision,
     tolerance,
 ):
-    backend = _resolve_backend(backend, tensors, eps, action, noise, precision)
+    draws = Draws(noise, seed, num_nodes)
+    backend = _resolve_backend(backend, tensors, eps, action, draws, precision)
     sampler = (tensors, activation, eps, num_steps, backend, precision, tolerance)
-    return _sample(packed, observation, action, noise, *sampler)
+    return _sample(packed, observation, action, draws, *sampler)
 
 
 def _select_torch(z, action, gumbel, log_weights, loc, scale, tau_r, tau_q, return_samples):
@@ -210,7 +228,9 @@ def select(
     packed,
     observation: Tensor,
     action: Tensor,
-    noise: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    num_nodes: int,
     gumbel: Tensor | None,
     log_weights: Tensor | None,
     loc: Tensor,
@@ -226,11 +246,15 @@ def select(
     precision: str,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = _resolve_backend(backend, tensors, eps, action, noise, precision)
+    draws = Draws(noise, seed, num_nodes)
+    backend = _resolve_backend(backend, tensors, eps, action, draws, precision)
     sampler = (tensors, activation, eps, num_steps, backend, precision, tolerance)
-    z = _sample(packed, observation, action, noise, *sampler)
+    z = _sample(packed, observation, action, draws, *sampler)
+    on_device = _selects_on_device(z, backend)
+    if tau_q > 0 and gumbel is None:
+        gumbel = seed if on_device else philox_gumbel(seed, tuple(action.shape[:2]))
     reads = (z, action.contiguous(), gumbel, log_weights, loc, scale, tau_r, tau_q, return_samples)
-    if not _selects_on_device(z, backend):
+    if not on_device:
         return _select_torch(*reads)
     from . import _launch
 

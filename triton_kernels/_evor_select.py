@@ -20,6 +20,8 @@ import os
 import triton
 import triton.language as tl
 
+from ._philox import philox_normal
+
 # The interpreter multiplies bit patterns of bfloat16 in tl.dot, so operands are widened there.
 _INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
@@ -103,8 +105,18 @@ def _fold_kernel(
 
 
 @triton.jit
+def _start(noise_ptr, rows, live, num_nodes, NOISE: tl.constexpr):
+    """Start of the flow: read, by row or by node, or drawn from the seed and the row."""
+    if NOISE == "seed":
+        return philox_normal(noise_ptr, rows)
+    else:
+        source = rows % num_nodes if NOISE == "shared" else rows
+        return tl.load(noise_ptr + source, live, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _first_kernel(
-    noise_ptr,  # [R], or [N] with SHARED_NOISE
+    noise_ptr,  # by NOISE: "rows" [R], "shared" [N], "seed" [2] int64
     z_ptr,  # [R], read and written by the one program that owns the row
     head_part_ptr,  # [PARTS, padded], products with the head, of the step before
     head_stat_ptr,  # [PARTS, 2, padded]
@@ -127,7 +139,7 @@ def _first_kernel(
     PAD: tl.constexpr,
     PARTS: tl.constexpr,
     STAGE: tl.constexpr,  # 0: z is the noise; 1: z moves by one step; 2: the same, then nothing
-    SHARED_NOISE: tl.constexpr,
+    NOISE: tl.constexpr,
     LAYER_NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -141,8 +153,7 @@ def _first_kernel(
     rows = first_row + local
     live = rows < last_row
     if STAGE == 0:
-        source = rows % num_nodes if SHARED_NOISE else rows
-        z = tl.load(noise_ptr + source, live, other=0.0).to(tl.float32)
+        z = _start(noise_ptr, rows, live, num_nodes, NOISE)
     else:
         z = tl.load(z_ptr + rows, live, other=0.0)
         velocity = tl.load(head_part_ptr + local)
@@ -160,7 +171,9 @@ def _first_kernel(
         for start in range(0, PAD, BLOCK_K):
             cols = start + tl.arange(0, BLOCK_K)
             mask = (cols < width)[None, :]
-            base = tl.load(base_ptr + candidate[:, None] * width + cols[None, :], mask, other=0.0)
+            # Candidates times the width may exceed 32 bits.
+            start_of_row = candidate.to(tl.int64)[:, None] * width
+            base = tl.load(base_ptr + start_of_row + cols[None, :], mask, other=0.0)
             weight_z = tl.load(weight_z_ptr + cols, cols < width, other=0.0).to(tl.float32)
             weight_t = tl.load(weight_t_ptr + cols, cols < width, other=0.0).to(tl.float32)
             x = base.to(tl.float32) + z[:, None] * weight_z[None, :] + time * weight_t[None, :]
@@ -258,7 +271,7 @@ def _full_row(
 
 @triton.jit
 def _loop_kernel(
-    noise_ptr,  # [R], or [N] with SHARED_NOISE
+    noise_ptr,  # by NOISE: "rows" [R], "shared" [N], "seed" [2] int64
     z_ptr,  # [R], written once
     base_ptr,  # [R / N, width]
     weight_z_ptr,  # [width]
@@ -277,7 +290,7 @@ def _loop_kernel(
     step,
     PAD: tl.constexpr,
     HIDDEN: tl.constexpr,
-    SHARED_NOISE: tl.constexpr,
+    NOISE: tl.constexpr,
     LAYER_NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -291,9 +304,8 @@ def _loop_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
         rows = tile * BLOCK_M + lanes
         live = rows < num_rows
-        source = rows % num_nodes if SHARED_NOISE else rows
         candidate = tl.minimum(rows, num_rows - 1) // num_nodes
-        z = tl.load(noise_ptr + source, live, other=0.0).to(tl.float32)
+        z = _start(noise_ptr, rows, live, num_nodes, NOISE)
         for k in range(num_steps):
             mean = tl.zeros([BLOCK_M], tl.float32)
             rstd = tl.zeros([BLOCK_M], tl.float32)
@@ -304,11 +316,8 @@ def _loop_kernel(
             for start in range(0, PAD, BLOCK_K):
                 chunk = start + tl.arange(0, BLOCK_K)
                 inside = chunk < width
-                base = tl.load(
-                    base_ptr + candidate[:, None] * width + chunk[None, :],
-                    inside[None, :],
-                    other=0.0,
-                )
+                start_of_row = candidate.to(tl.int64)[:, None] * width
+                base = tl.load(base_ptr + start_of_row + chunk[None, :], inside[None, :], other=0.0)
                 weight_z = tl.load(weight_z_ptr + chunk, inside, other=0.0).to(tl.float32)
                 weight_t = tl.load(weight_t_ptr + chunk, inside, other=0.0).to(tl.float32)
                 x = base.to(tl.float32) + z[:, None] * weight_z[None, :]

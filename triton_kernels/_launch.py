@@ -147,7 +147,7 @@ class _Sampler(NamedTuple):
 
     weights: TritonWeights
     base: Tensor  # [S, P, H]
-    noise: Tensor  # [R] or [N]
+    noise: Tensor  # [R], [N] or the seed, [2] int64
     z: Tensor  # [R]
     num_nodes: int
     num_steps: int
@@ -160,8 +160,10 @@ class _Sampler(NamedTuple):
         return self.eps >= 0
 
     @property
-    def shared_noise(self) -> bool:
-        return self.noise.numel() != self.z.numel()
+    def noise_kind(self) -> str:
+        if self.noise.dtype == torch.int64:
+            return "seed"
+        return "rows" if self.noise.numel() == self.z.numel() else "shared"
 
 
 def _layered_chunk(s: _Sampler, config: LayerConfig, first_row: int, last_row: int) -> None:
@@ -206,7 +208,7 @@ def _layered_chunk(s: _Sampler, config: LayerConfig, first_row: int, last_row: i
             PAD=w.pad,
             PARTS=parts,
             STAGE=stage,
-            SHARED_NOISE=s.shared_noise,
+            NOISE=s.noise_kind,
             BLOCK_M=first_m,
             BLOCK_K=min(128, w.pad) if w.pad % 128 == 0 or w.pad < 128 else 64,
             num_warps=4,
@@ -275,7 +277,7 @@ def _loop(s: _Sampler, config: LoopConfig, programs: int) -> None:
         1.0 / max(s.num_steps, 1),
         PAD=w.pad,
         HIDDEN=w.hidden.shape[0],
-        SHARED_NOISE=s.shared_noise,
+        NOISE=s.noise_kind,
         LAYER_NORM=s.layer_norm,
         ACTIVATION=s.activation,
         PRECISION=input_precision,
@@ -306,7 +308,8 @@ def sample_z(
         weights (TritonWeights): from :func:`pack_weights`.
         observation (Tensor): ``[S, obs]``.
         action (Tensor): ``[S, P, act]``.
-        noise (Tensor): ``[S * P * N]``, or ``[N]`` for nodes shared by all candidates; contiguous.
+        noise (Tensor): ``[S * P * N]``, or ``[N]`` for nodes shared by all candidates, or int64
+            ``[2]``, the seed from which the kernels draw it; contiguous.
         num_nodes (int): ``N``.
 
     Keyword Args:
@@ -346,13 +349,15 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values and choice from end points, one launch: action, value, all values and returns.
 
-    The last is empty unless ``return_samples``.
+    The last is empty unless ``return_samples``. ``gumbel`` is noise ``[S, P]`` or a seed, as in
+    :func:`sample_z`.
     """
     states, num_candidates, num_nodes = z.shape
     chosen = action.new_empty(states, action.shape[-1])
     value = z.new_empty(states)
     q = z.new_empty(states, num_candidates)
     returns = torch.empty_like(z) if return_samples else z.new_empty(0)
+    kind = "" if tau_q == 0 else "seed" if gumbel.dtype == torch.int64 else "rows"
     average = "max" if tau_r == 0 else "mean" if math.isinf(tau_r) else "lse"
     block_p = min(triton_next_power_of_two(num_candidates), 32)
     with device_guard(z):
@@ -375,7 +380,7 @@ def select(
             math.log(num_nodes),
             AVERAGE=average,
             WEIGHTED=log_weights is not None,
-            SOFT=tau_q > 0,
+            GUMBEL=kind,
             RETURNS=return_samples,
             BLOCK_P=block_p,
             BLOCK_N=min(triton_next_power_of_two(num_nodes), 64),

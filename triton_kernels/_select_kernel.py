@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._philox import philox_gumbel
+
 
 @triton.jit
 def _node_average(
@@ -68,7 +70,7 @@ def _node_average(
 def _select_kernel(
     z_ptr,  # [S, P, N] float32
     log_weight_ptr,  # [N] float32, read with WEIGHTED
-    gumbel_ptr,  # [S, P], read with SOFT
+    gumbel_ptr,  # by GUMBEL: "rows" [S, P], "seed" [2] int64, "" not read
     action_ptr,  # [S, P, A]
     loc_ptr,  # [1]
     scale_ptr,  # [1]
@@ -84,7 +86,7 @@ def _select_kernel(
     log_nodes,
     AVERAGE: tl.constexpr,  # "max", "mean" or "lse"
     WEIGHTED: tl.constexpr,
-    SOFT: tl.constexpr,
+    GUMBEL: tl.constexpr,
     RETURNS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -119,7 +121,9 @@ def _select_kernel(
         )
         tl.store(q_ptr + offsets, q, live)
         score = q
-        if SOFT:
+        if GUMBEL == "seed":
+            score = q / tau_q + philox_gumbel(gumbel_ptr, offsets.to(tl.int32))
+        elif GUMBEL == "rows":
             score = q / tau_q + tl.load(gumbel_ptr + offsets, live, other=0.0).to(tl.float32)
         score = tl.where(live & (score == score), score, float("-inf"))
         block_best = tl.max(score, 0)

@@ -15,9 +15,11 @@ from torch import Tensor
 from ._checks import (
     Backend,
     Precision,
+    check_draws,
     check_kinds,
     check_optional,
     check_options,
+    check_seed_is_read,
     check_temperatures,
     check_tensors,
 )
@@ -35,44 +37,41 @@ __all__ = [
     "why_not_packable",
 ]
 
-_SAMPLE_ARGS = (
-    "Tensor?[] tensors, str activation, float eps, int num_steps, str backend, str precision,"
-    " float tolerance"
-)
+_READS = "Tensor observation, Tensor action, Tensor? noise, Tensor? seed, int num_nodes"
+_SAMPLER = "Tensor?[] tensors, str activation, float eps, int num_steps"
+_OPTIONS = "str backend, str precision, float tolerance"
 
 
 @torch.library.custom_op(
     "torchrl_evor::sample_returns",
     mutates_args=(),
-    schema=f"(Tensor observation, Tensor action, Tensor noise, {_SAMPLE_ARGS}) -> Tensor",
+    schema=f"({_READS}, {_SAMPLER}, {_OPTIONS}) -> Tensor",
 )
-def _sample_op(observation, action, noise, *sampler):
-    return sample(None, observation, action, noise, *sampler)
+def _sample_op(*reads):
+    return sample(None, *reads)
 
 
 @_sample_op.register_fake
-def _(observation, action, noise, *sampler):
-    shape = (*action.shape[:2], noise.shape[-1])
-    return action.new_empty(shape, dtype=value_dtype(action))
+def _(observation, action, noise, seed, num_nodes, *sampler):
+    return action.new_empty((*action.shape[:2], num_nodes), dtype=value_dtype(action))
 
 
 @torch.library.custom_op(
     "torchrl_evor::evor_select",
     mutates_args=(),
-    schema="(Tensor observation, Tensor action, Tensor noise, Tensor? gumbel, Tensor? log_weights,"
-    " Tensor loc, Tensor scale, Tensor?[] tensors, str activation, float eps, int num_steps,"
-    " float tau_r, float tau_q, bool return_samples, str backend, str precision, float tolerance)"
+    schema=f"({_READS}, Tensor? gumbel, Tensor? log_weights, Tensor loc, Tensor scale, {_SAMPLER},"
+    f" float tau_r, float tau_q, bool return_samples, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _select_op(observation, action, *rest):
-    return select(None, observation, action, *rest)
+def _select_op(*reads):
+    return select(None, *reads)
 
 
 @_select_op.register_fake
-def _(observation, action, noise, *rest):
+def _(observation, action, noise, seed, num_nodes, *rest):
     return_samples = rest[-4]
     states, candidates, action_dim = action.shape
-    samples = (states, candidates, noise.shape[-1]) if return_samples else (0,)
+    samples = (states, candidates, num_nodes) if return_samples else (0,)
     dtype = value_dtype(action)
     return (
         action.new_empty(states, action_dim),
@@ -82,8 +81,8 @@ def _(observation, action, noise, *rest):
     )
 
 
-def _flat_noise(noise: Tensor) -> Tensor:
-    return noise if noise.ndim == 1 else noise.reshape(-1, *noise.shape[-2:])
+def _flat_noise(noise: Tensor | None) -> Tensor | None:
+    return noise if noise is None or noise.ndim == 1 else noise.reshape(-1, *noise.shape[-2:])
 
 
 def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
@@ -97,9 +96,11 @@ def sample_returns(
     packed: PackedVelocity | FrozenVelocity,
     observation: Tensor,
     action: Tensor,
-    noise: Tensor,
+    noise: Tensor | None,
     num_steps: int,
     *,
+    seed: Tensor | None = None,
+    num_samples: int | None = None,
     backend: Backend = "auto",
     precision: Precision | None = None,
     tolerance: float = 0.0,
@@ -110,10 +111,18 @@ def sample_returns(
         packed (PackedVelocity): from :func:`pack_velocity_mlp`.
         observation (Tensor): ``[*B, obs]``, in the dtype of the parameters.
         action (Tensor): candidates, ``[*B, P, act]``.
-        noise (Tensor): start of the flow, ``[*B, P, N]``, or ``[N]`` shared by all candidates.
+        noise (Tensor, optional): start of the flow, ``[*B, P, N]``, or ``[N]`` shared by all
+            candidates. ``None`` draws it from ``seed``.
         num_steps (int): Euler steps on left end points ``k / num_steps``.
 
     Keyword Args:
+        seed (Tensor, optional): int64 ``[2]`` on the device of the parameters, a seed and the
+            number of the call: normal noise ``[*B, P, num_samples]`` is drawn from it inside the
+            kernels, on other backends by
+            :func:`~torchrl_evor.triton_kernels.reference.philox_normal`, the same numbers up to
+            ``2e-6``. The same two numbers give the same noise; ``seed[1] += 1`` before the next
+            call (in place, which a captured CUDA graph sees) gives fresh noise.
+        num_samples (int, optional): ``N`` where the noise is drawn from ``seed``.
         backend (str): ``"torch"``, ``"triton"``, one of its designs ``"triton_layered"`` and
             ``"triton_loop"``, or ``"auto"``: Triton where it was measured as the
             fastest, else PyTorch.
@@ -146,13 +155,17 @@ def sample_returns(
         torch.Size([5, 4, 6])
     """
     tensors = packed.tensors()
-    check_tensors(packed, observation, action, noise)
+    check_tensors(packed, observation, action)
+    num_nodes = check_draws(action, noise, seed, num_samples)
+    check_seed_is_read(seed, "" if noise is None else "noise")
     check_kinds(tensors, {"observation": observation, "action": action, "noise": noise})
     check_options(num_steps, backend, precision, tolerance)
     reads = (
         observation.reshape(-1, observation.shape[-1]),
         action.reshape(-1, *action.shape[-2:]),
         _flat_noise(noise),
+        seed,
+        num_nodes,
         tensors,
         packed.activation,
         packed.eps,
@@ -163,14 +176,14 @@ def sample_returns(
     )
     compiling = torch.compiler.is_compiling()
     z = _sample_op(*reads) if compiling else sample(packed, *reads)
-    return z.reshape(*action.shape[:-1], noise.shape[-1])
+    return z.reshape(*action.shape[:-1], num_nodes)
 
 
 def evor_select(
     packed: PackedVelocity | FrozenVelocity,
     observation: Tensor,
     action: Tensor,
-    noise: Tensor,
+    noise: Tensor | None = None,
     gumbel: Tensor | None = None,
     *,
     tau_r: float,
@@ -179,6 +192,8 @@ def evor_select(
     loc: float | Tensor = 0.0,
     scale: float | Tensor = 1.0,
     log_weights: Tensor | None = None,
+    seed: Tensor | None = None,
+    num_samples: int | None = None,
     return_samples: bool = False,
     backend: Backend = "auto",
     precision: Precision | None = None,
@@ -194,8 +209,10 @@ def evor_select(
         packed (PackedVelocity): from :func:`pack_velocity_mlp`.
         observation (Tensor): ``[*B, obs]``, in the dtype of the parameters.
         action (Tensor): candidates, ``[*B, P, act]``.
-        noise (Tensor): ``[*B, P, N]``, or ``[N]`` shared by all candidates.
-        gumbel (Tensor, optional): standard Gumbel noise ``[*B, P]``, needed when ``tau_q > 0``.
+        noise (Tensor, optional): ``[*B, P, N]``, or ``[N]`` shared by all candidates. ``None``
+            draws it from ``seed``.
+        gumbel (Tensor, optional): standard Gumbel noise ``[*B, P]``, read when ``tau_q > 0``.
+            ``None`` draws it from ``seed``, independently of ``noise``.
 
     Keyword Args:
         tau_r (float): temperature of the reward-to-go average in reward units, in ``[0, inf]``:
@@ -207,6 +224,9 @@ def evor_select(
         scale (float or Tensor): see ``loc``.
         log_weights (Tensor, optional): ``[N]``, logarithms of node weights that sum to one.
             Defaults to equal weights.
+        seed (Tensor, optional): as in :func:`sample_returns`; what is drawn from it is whatever
+            of ``noise`` and ``gumbel`` is not given.
+        num_samples (int, optional): as in :func:`sample_returns`.
         return_samples (bool): whether to return all returns as well.
         backend (str): as in :func:`sample_returns`.
         precision (str, optional): as in :func:`sample_returns`.
@@ -231,13 +251,25 @@ def evor_select(
         ...                                    torch.randn(6), tau_r=1.0, num_steps=10)
         >>> chosen.shape, value.shape, q.shape
         (torch.Size([5, 2]), torch.Size([5]), torch.Size([5, 4]))
+
+        Noise drawn inside the kernels, other noise at every call:
+
+        >>> seed = torch.tensor([123, 0])
+        >>> with torch.no_grad():
+        ...     for _ in range(2):
+        ...         out = evor_select(packed, torch.randn(5, 3), torch.randn(5, 4, 2), tau_r=1.0,
+        ...                           tau_q=0.5, num_steps=10, seed=seed, num_samples=6)
+        ...         seed[1] += 1
     """
     tensors = packed.tensors()
-    check_tensors(packed, observation, action, noise)
+    check_tensors(packed, observation, action)
+    num_nodes = check_draws(action, noise, seed, num_samples)
     check_optional("gumbel", gumbel, tuple(action.shape[:-1]))
-    check_optional("log_weights", log_weights, (noise.shape[-1],))
+    check_optional("log_weights", log_weights, (num_nodes,))
     check_options(num_steps, backend, precision, tolerance)
-    check_temperatures(tau_r, tau_q, gumbel)
+    check_temperatures(tau_r, tau_q, gumbel, seed)
+    drawn = noise is None or (tau_q > 0 and gumbel is None)
+    check_seed_is_read(seed, "" if drawn else "all noise that is read")
     loc, scale = _as_scalar(loc, action), _as_scalar(scale, action)
     named = {"observation": observation, "action": action, "noise": noise, "gumbel": gumbel}
     check_kinds(tensors, {**named, "log_weights": log_weights, "loc": loc, "scale": scale})
@@ -246,6 +278,8 @@ def evor_select(
         observation.reshape(-1, observation.shape[-1]),
         action.reshape(-1, *action.shape[-2:]),
         _flat_noise(noise),
+        seed,
+        num_nodes,
         flat_gumbel,
         None if log_weights is None else log_weights.float().contiguous(),
         loc,
@@ -266,5 +300,5 @@ def evor_select(
     chosen = results[0].reshape(*batch, action_dim)
     value, q = results[1].reshape(batch), results[2].reshape(*batch, candidates)
     if return_samples:
-        return chosen, value, q, results[3].reshape(*batch, candidates, noise.shape[-1])
+        return chosen, value, q, results[3].reshape(*batch, candidates, num_nodes)
     return chosen, value, q

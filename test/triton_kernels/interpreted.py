@@ -13,7 +13,15 @@ from __future__ import annotations
 import pytest
 import torch
 from _kernel_cases import Case, assert_matches, relative_error
-from torchrl_evor.triton_kernels import _config, _dispatch, _launch, evor_select, sample_returns
+from torchrl_evor.triton_kernels import (
+    _config,
+    _dispatch,
+    _launch,
+    evor_select,
+    philox_gumbel,
+    philox_normal,
+    sample_returns,
+)
 
 LAYERED = {
     "16x16": _launch.LayerConfig(16, 16, 16, 4, 1, rows=32),
@@ -138,6 +146,60 @@ def test_weights_of_a_live_view_are_never_stale(use_tile, layer_norm):
     for parameter in case.network.parameters():
         parameter.data.add_(0.1)  # leaves the version counter as it was
     assert_matches(_run(case, "tf32x3"), case, "float32")
+
+
+@torch.no_grad()
+def _drawn_noise(shape, seed):
+    """End points of a flow that stands still, which are the noise that the kernel drew."""
+    case = Case(*shape[:2], shape[2], (16, 16), num_steps=2)
+    torch.nn.init.zeros_(case.network[-1].weight)
+    torch.nn.init.zeros_(case.network[-1].bias)
+    reads = case.packed, case.observation, case.action, None, 2
+    return sample_returns(*reads, seed=seed, num_samples=shape[2], backend="triton")
+
+
+@pytest.mark.parametrize("seed", [(0, 0), (-5, 2**40 + 1)])
+def test_noise_of_a_seed_is_that_of_the_reference_on_every_tile(use_tile, seed):
+    seed, shape, found = torch.tensor(seed), (3, 5, 7), []
+    for tile in TILES.values():
+        use_tile(tile)
+        found.append(_drawn_noise(shape, seed))
+        assert torch.equal(found[-1], found[0])
+    torch.testing.assert_close(found[0], philox_normal(seed, shape), rtol=2e-6, atol=2e-6)
+
+
+def test_gumbel_noise_of_a_seed_is_that_of_the_reference():
+    """Uniform values make the choice the largest Gumbel; the margin shows as its value."""
+    seed, shape = torch.tensor([11, 5]), (64, 35)
+    action = torch.arange(35.0).expand(64, 35).unsqueeze(-1).contiguous()
+    scalars = torch.zeros(()), torch.ones(())
+    z = torch.zeros(*shape, 1)
+    chosen, *_ = _launch.select(z, action, seed, None, *scalars, 1.0, 0.5, False)
+    assert torch.equal(chosen.flatten().long(), philox_gumbel(seed, shape).argmax(-1))
+    # Values that cancel the noise of the reference leave a tie of all candidates.
+    z = -0.5 * philox_gumbel(seed, shape).unsqueeze(-1)
+    z[:, 20] += 1e-5
+    chosen, *_ = _launch.select(z, action, seed, None, *scalars, 1.0, 0.5, False)
+    assert (chosen == 20).all()
+
+
+@pytest.mark.parametrize("tile", ["16x16", "loop 16"])
+def test_selection_with_a_seed(use_tile, tile):
+    use_tile(TILES[tile])
+    seed, case = torch.tensor([3, 1]), Case(2, 3, 5, (16, 16))
+    with torch.no_grad():
+        got = evor_select(
+            case.packed,
+            case.observation,
+            case.action,
+            seed=seed,
+            num_samples=5,
+            **case.options,
+            return_samples=True,
+            backend="triton",
+        )
+    case.noise, case.gumbel = philox_normal(seed, (2, 3, 5)), philox_gumbel(seed, (2, 3))
+    assert_matches(got, case, "float32")
 
 
 if __name__ == "__main__":

@@ -207,11 +207,11 @@ class TestCustomOperator:
         tensors = [tensor.detach() for tensor in case.packed.tensors()]
         sampler = (tensors, "gelu_tanh", 1e-6, 3)
         inputs = (case.observation, case.action, case.noise)
-        torch.library.opcheck(ops._sample_op, (*inputs, *sampler, "torch", "", 0.0))
+        torch.library.opcheck(ops._sample_op, (*inputs, None, 4, *sampler, "torch", "", 0.0))
         loc, scale = torch.zeros(()), torch.ones(())
         for samples in (False, True):
             options = (0.7, 0.5, samples, "torch", "", 0.0)
-            reads = (*inputs, case.gumbel, None, loc, scale, *sampler, *options)
+            reads = (*inputs, None, 4, case.gumbel, None, loc, scale, *sampler, *options)
             torch.library.opcheck(ops._select_op, reads)
 
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
