@@ -29,21 +29,12 @@ def _uniform(word):
 
 
 @triton.jit
-def _minus_log(uniform):
-    """Positive for every uniform: hardware's logarithm is off by more than its value near 1."""
-    rest = 1.0 - uniform
-    tail = 0.25 + rest * (0.2 + rest * 0.16666666666666666)
-    series = rest * (1.0 + rest * (0.5 + rest * (0.3333333333333333 + rest * tail)))
-    return tl.where(rest < 0.0625, series, -tl.log(uniform))
-
-
-@triton.jit
 def philox_normal(seed_ptr, index):
     first, second = _words(seed_ptr, index, 0)
-    return tl.sqrt(2.0 * _minus_log(_uniform(first))) * tl.cos(6.283185307179586 * _uniform(second))
+    return tl.sqrt(-2.0 * tl.log(_uniform(first))) * tl.cos(6.283185307179586 * _uniform(second))
 
 
 @triton.jit
 def philox_gumbel(seed_ptr, index):
     first, _ = _words(seed_ptr, index, 1)
-    return -tl.log(_minus_log(_uniform(first)))
+    return -tl.log(-tl.log(_uniform(first)))
