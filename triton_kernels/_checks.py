@@ -122,8 +122,8 @@ def check_kinds(tensors: list[Tensor | None], named: dict[str, Tensor | None]) -
 
 
 def check_options(num_steps: int, backend: str, precision: str | None, tolerance: float) -> None:
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps}.")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
     if precision is not None and precision not in PRECISIONS:

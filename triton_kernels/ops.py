@@ -85,8 +85,10 @@ def _flat_noise(noise: Tensor | None) -> Tensor | None:
     return noise if noise is None or noise.ndim == 1 else noise.reshape(-1, *noise.shape[-2:])
 
 
-def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
+def _as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one element.")
         return value.reshape(())
     # A fill, not a copy from the host: legal while a CUDA graph is captured.
     return torch.full((), value, dtype=torch.float32, device=like.device)
@@ -270,7 +272,7 @@ def evor_select(
     check_temperatures(tau_r, tau_q, gumbel, seed)
     drawn = noise is None or (tau_q > 0 and gumbel is None)
     check_seed_is_read(seed, "" if drawn else "all noise that is read")
-    loc, scale = _as_scalar(loc, action), _as_scalar(scale, action)
+    loc, scale = _as_scalar("loc", loc, action), _as_scalar("scale", scale, action)
     named = {"observation": observation, "action": action, "noise": noise, "gumbel": gumbel}
     check_kinds(tensors, {**named, "log_weights": log_weights, "loc": loc, "scale": scale})
     flat_gumbel = None if gumbel is None else gumbel.reshape(-1, gumbel.shape[-1]).contiguous()

@@ -10,6 +10,7 @@ with the arguments and tiles that they are launched with.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import subprocess
@@ -32,13 +33,14 @@ TYPES = {
 MAX_SPILL = {("loop", "tf32x3", 80): 100, ("loop", "tf32x3", 90): 96}
 
 
-def _record(monkeypatch, call) -> list:
+def _record(monkeypatch, call, on_launch) -> list:
     """Pairs of kernel and arguments of all launches of ``call``, once per specialisation."""
     from triton.runtime.jit import JITFunction
 
     launches = {}
 
     def run(kernel, *args, grid, warmup, **options):
+        on_launch()
         constants = {name: options[name] for name in options if name in kernel.arg_names}
         key = (kernel.__name__, str(sorted(options.items())))
         launches.setdefault(key, (kernel, args, constants, options))
@@ -99,7 +101,15 @@ def _spilled_bytes(compiled, capability: int, folder) -> int:
     return max(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr))
 
 
-def _launches(monkeypatch, design: str, precision: str, states: int, nodes: int, seeded=False):
+def _launches(
+    monkeypatch,
+    design: str,
+    precision: str,
+    states: int,
+    nodes: int,
+    seeded=False,
+    on_launch=lambda: None,
+):
     """The launches of one call; enough rows are claimed to get the tile for that many."""
     from torchrl_evor.triton_kernels import _config, _launch
 
@@ -130,7 +140,7 @@ def _launches(monkeypatch, design: str, precision: str, states: int, nodes: int,
         one = torch.ones(())
         _launch.select(z, case.action, gumbel, None, one, one, 1.0, 0.5, False)
 
-    return _record(monkeypatch, call)
+    return _record(monkeypatch, call, on_launch)
 
 
 def _check(monkeypatch, tmp_path, design, precision, shape, capability, only="", seeded=False):
@@ -157,6 +167,24 @@ def test_compiles_and_spills_little(monkeypatch, tmp_path, design, precision, ca
 def test_noise_from_a_seed_spills_nothing(monkeypatch, tmp_path, design, only, capability):
     _check(monkeypatch, tmp_path, design, "fp16", (1, 64), capability, only, seeded=True)
     _check(monkeypatch, tmp_path, design, "fp16", (1, 64), capability, "_select", seeded=True)
+
+
+@pytest.mark.parametrize("design", ["layered", "loop"])
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch, design):
+    """What a machine of one GPU cannot show: launches happen inside the guard, and only there."""
+    from torchrl_evor.triton_kernels import _launch
+
+    inside, launched = [], []
+
+    @contextlib.contextmanager
+    def guard(tensor):
+        inside.append(tensor.device)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(_launch, "device_guard", guard)
+    _launches(monkeypatch, design, "fp16", 1, 64, on_launch=lambda: launched.append(len(inside)))
+    assert len(launched) > 5 and set(launched) == {1}
 
 
 @pytest.mark.slow

@@ -11,7 +11,12 @@ import importlib.util
 import pytest
 import torch
 from _kernel_cases import TOLERANCE, Case, assert_matches, relative_error
-from torchrl_evor.triton_kernels import evor_select, sample_returns
+from torchrl_evor.triton_kernels import (
+    evor_select,
+    philox_gumbel,
+    philox_normal,
+    sample_returns,
+)
 
 _has_triton = importlib.util.find_spec("triton") is not None
 
@@ -110,7 +115,7 @@ def test_repeats_bit_for_bit(backend, precision):
     """A missing barrier shows as an error that moves between runs."""
     case = Case(2, 32, 50, (512,) * 4, num_steps=5, device="cuda")
     first = _run(case, backend, precision)
-    for _ in range(200):
+    for _ in range(1000):
         for got, want in zip(_run(case, backend, precision), first):
             assert torch.equal(got, want)
 
@@ -146,10 +151,12 @@ def test_graph_replays_fresh_noise_and_fresh_weights(backend):
         assert_matches(got, case, "tf32x3")
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiles_without_graph_breaks(mode):
+    """The second mode captures CUDA graphs of its own."""
     case = Case(2, 8, 16, (64, 64, 64), device="cuda")
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, mode=mode)
     def compiled(observation, action, noise, gumbel):
         return evor_select(
             case.packed,
@@ -163,11 +170,92 @@ def test_compiles_without_graph_breaks():
             precision="tf32x3",
         )
 
-    with torch.no_grad():
-        assert_matches(compiled(*case.inputs()), case, "tf32x3")
-        case.network[0].weight.data.mul_(1.5)
+    for _ in range(5):
+        with torch.no_grad():
+            torch.compiler.cudagraph_mark_step_begin()
+            assert_matches(compiled(*case.inputs()), case, "tf32x3")
+        case.network[0].weight.data.mul_(1.1)
         case.noise.normal_()
-        assert_matches(compiled(*case.inputs()), case, "tf32x3")
+
+
+class TestSeed:
+    """Noise drawn inside the kernels is that of the reference."""
+
+    @staticmethod
+    def _run(case, seed, backend="triton", **changes):
+        nodes = case.noise.shape[-1]
+        with torch.no_grad():
+            return evor_select(
+                case.packed,
+                case.observation,
+                case.action,
+                seed=seed,
+                num_samples=nodes,
+                **case.options,
+                return_samples=True,
+                backend=backend,
+                precision="tf32x3",
+                **changes,
+            )
+
+    @staticmethod
+    def _explicit(case, seed):
+        case.noise = philox_normal(seed, tuple(case.noise.shape))
+        case.gumbel = philox_gumbel(seed, tuple(case.gumbel.shape))
+        return case
+
+    @pytest.mark.parametrize("backend", [*DESIGNS, "torch"])
+    def test_parity(self, backend):
+        case = Case(3, 5, 23, (512,) * 4, device="cuda")
+        seed = torch.tensor([7, 2**33], device="cuda")
+        got = self._run(case, seed, backend)
+        assert_matches(got, self._explicit(case, seed), "tf32x3")
+
+    def test_noise_itself(self):
+        """A flow that stands still returns its start, whatever the design."""
+        seed, shape = torch.tensor([-3, 1], device="cuda"), (70, 32, 33)
+        case = Case(*shape, (64, 64), device="cuda")
+        torch.nn.init.zeros_(case.network[-1].weight)
+        torch.nn.init.zeros_(case.network[-1].bias)
+        reads = case.packed, case.observation, case.action, None, 2
+        want = philox_normal(seed, shape)
+        with torch.no_grad():
+            found = [
+                sample_returns(*reads, seed=seed, num_samples=33, backend=design)
+                for design in DESIGNS
+            ]
+        assert torch.equal(*found)
+        torch.testing.assert_close(found[0], want, rtol=5e-6, atol=5e-6)
+        assert torch.equal(philox_normal(seed.cpu(), shape), want.cpu())
+
+    @pytest.mark.parametrize("backend", DESIGNS)
+    def test_graph_replays_fresh_noise(self, backend):
+        case = Case(2, 8, 16, (64, 64, 64), device="cuda")
+        seed = torch.tensor([5, 0], device="cuda")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run(case, seed, backend)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = self._run(case, seed, backend)
+            seed[1] += 1
+        before = None
+        for call in range(3):
+            graph.replay()
+            now = torch.tensor([5, call], device="cuda")
+            assert_matches(got, self._explicit(case, now), "tf32x3")
+            assert before is None or not torch.equal(got[3], before)
+            before = got[3].clone()
+        assert seed.tolist() == [5, 3]
+
+    def test_compiles_without_graph_breaks(self):
+        case, seed = Case(2, 8, 16, (64, 64), device="cuda"), torch.tensor([5, 0], device="cuda")
+        compiled = torch.compile(lambda seed: self._run(case, seed), fullgraph=True)
+        for _ in range(2):
+            assert_matches(compiled(seed), self._explicit(case, seed), "tf32x3")
+            seed[1] += 1
 
 
 def test_torch_backend_on_the_device():
@@ -175,15 +263,28 @@ def test_torch_backend_on_the_device():
     assert_matches(_run(case, "torch", None), case, "float32")
 
 
-def test_half_parameters():
+@pytest.mark.parametrize("dtype, row", [(torch.float16, "fp16"), (torch.bfloat16, "bf16")])
+def test_half_parameters(dtype, row):
     case = Case(3, 5, 7, (64, 64), device="cuda")
     want = case.want()[3]
-    case.network.half()
-    inputs = case.observation.half(), case.action.half(), case.noise
+    case.network.to(dtype)
+    inputs = case.observation.to(dtype), case.action.to(dtype), case.noise
     with torch.no_grad():
         z = sample_returns(case.packed, *inputs, 3, backend="triton")
     assert z.dtype == torch.float32
-    assert relative_error(2.0 + 3.0 * z, want) < 2 * TOLERANCE["fp16"]
+    assert relative_error(2.0 + 3.0 * z, want) < 2 * TOLERANCE[row]
+
+
+@pytest.mark.parametrize("backend", DESIGNS)
+def test_more_than_32_bits_of_first_layers(backend):
+    """Candidates times width exceed 2**31: the last states are compared."""
+    if torch.cuda.mem_get_info()[0] < 32 * 2**30:
+        pytest.skip("needs 32 GiB of free memory")
+    case = Case(67_000, 32, 1, (1024, 1024), num_steps=1, device="cuda")
+    got = _run(case, backend, "fp16")
+    for name in ("observation", "action", "noise", "gumbel"):
+        setattr(case, name, getattr(case, name)[-100:])
+    assert_matches([tensor[-100:] for tensor in got], case, "fp16")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")

@@ -292,11 +292,28 @@ class TestBadInput:
         with pytest.raises(ValueError, match="observation is torch.float64"):
             _run(case)
 
-    def test_devices(self):
+    @pytest.mark.parametrize("name", ["noise", "gumbel"])
+    def test_integers_are_no_noise(self, name):
         case = Case(2, 3, 4, (16, 16))
-        case.noise = case.noise.to("meta")
-        with pytest.raises(ValueError, match="noise is on meta"):
+        setattr(case, name, getattr(case, name).long())
+        with pytest.raises(ValueError, match=f"{name} is torch.int64, expected a floating"):
             _run(case)
+
+    @pytest.mark.parametrize("name", ["observation", "action", "noise", "gumbel"])
+    def test_devices(self, name):
+        case = Case(2, 3, 4, (16, 16))
+        setattr(case, name, getattr(case, name).to("meta"))
+        with pytest.raises(ValueError, match=f"{name} is on meta"):
+            _run(case)
+
+    @pytest.mark.parametrize("reason", ["the hidden widths are (2048,)", "2147483648 rows exceed"])
+    def test_what_the_kernels_cannot_is_refused_not_replaced(self, monkeypatch, reason):
+        monkeypatch.setattr(_dispatch, "why_no_triton", lambda *_: reason)
+        with pytest.raises(
+            RuntimeError, match="backend='triton' is not available: .*" + reason[:8]
+        ):
+            _run(Case(2, 3, 4, (16, 16)), backend="triton")
+        _run(Case(2, 3, 4, (16, 16)), backend="auto")
 
     @pytest.mark.parametrize(
         "changes",
@@ -307,6 +324,10 @@ class TestBadInput:
             {"tau_q": math.nan},
             {"tau_q": math.inf},
             {"num_steps": 0},
+            {"num_steps": 2.5},
+            {"loc": torch.zeros(2)},
+            {"scale": torch.ones(2, 1)},
+            {"tolerance": math.nan},
             {"backend": "cuda"},
             {"precision": "fp8"},
             {"log_weights": torch.zeros(5)},
