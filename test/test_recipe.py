@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -36,6 +37,7 @@ SMALL = [
     "eval.interval=0",
     "eval.final_episodes=1",
     "logger.interval=2",
+    "optim.schedule=constant",
     "device=cpu",
 ]
 
@@ -80,7 +82,7 @@ class TestRun:
         assert component(output / "checkpoint", "progress")["step"] == 4
 
     def test_resumed_run_is_the_uninterrupted_run(self, root, short_run):
-        longer = [*SMALL, "optim.num_updates=8"]
+        longer = [*SMALL, "optim.num_updates=8"]  # at a constant rate, which does not know it
         resumed = run(
             "evor.py",
             root,
@@ -110,6 +112,7 @@ class TestBadInput:
             ("env.task=7", "task"),
             ("optim.num_updates=0", "optim.num_updates must be an integer of at least 1, got 0"),
             ("eval.final_episodes=0", "eval.final_episodes must be an integer of at least 1"),
+            ("optim.schedule=linear", "optim.schedule must be 'constant' or 'cosine'"),
             ("logger.backend=excel", "logger.backend must be"),
         ],
     )
@@ -134,6 +137,34 @@ class TestBadInput:
         )
         assert result.returncode != 0
         assert "belongs to another configuration: loss was" in result.stderr
+
+
+class TestScheduler:
+    def test_cosine_goes_from_all_to_nothing_and_on_after_a_restart(self):
+        import utils
+
+        def make(lr):
+            return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+
+        optimizer = make(2.0)
+        scheduler = utils.make_scheduler(optimizer, "cosine", 4)
+        rates = []
+        for _ in range(5):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        half = math.sqrt(0.5)  # 1 + cos(pi k / 4) for k = 0, ..., 4
+        assert rates == pytest.approx([2.0, 1 + half, 1.0, 1 - half, 0.0], abs=1e-12)
+        assert optimizer.param_groups[0]["lr"] == 0.0  # and stays there
+
+        first = utils.make_scheduler(make(2.0), "cosine", 4)
+        first.optimizer.step()
+        first.step()
+        second = utils.make_scheduler(make(2.0), "cosine", 4)
+        second.load_state_dict(first.state_dict())
+        second.optimizer.step()
+        second.step()
+        assert second.get_last_lr() == pytest.approx([1.0])
 
 
 class TestSummary:

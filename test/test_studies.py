@@ -60,7 +60,9 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
         VelocityMLP(observation_dim + 2 + 1, 2, hidden_sizes=(8,)), members, -100.0, 10.0
     )
     setting = many_setting()
-    cfg = SimpleNamespace(hidden_sizes=[8], num_steps=2, data=SimpleNamespace(batch_size=4))
+    cfg = SimpleNamespace(
+        hidden_sizes=[8], policy_steps=2, value_steps=2, data=SimpleNamespace(batch_size=4)
+    )
     windows = {method: SimpleNamespace(observation=torch.zeros(7, observation_dim))}
     program = SimpleNamespace(num_updates=3, windows=windows, cfg=cfg)
     return agents.save(folder, TASK["env"], method, setting, agent, program)

@@ -53,7 +53,8 @@ def save(folder: Path, env: str, method: str, setting, agent: Agent, program) ->
         "num_updates": program.num_updates,
         "num_transitions": len(program.windows[method].observation),
         "hidden_sizes": list(program.cfg.hidden_sizes),
-        "num_steps": program.cfg.num_steps,
+        "policy_steps": program.cfg.policy_steps,
+        "value_steps": program.cfg.value_steps,
         "batch_size": program.cfg.data.batch_size,
         "loc": agent.loc,
         "scale": agent.scale,
@@ -83,10 +84,10 @@ def load(path: Path, device: torch.device | str = "cpu", **actor_options) -> EVO
         _network(state, content["hidden_sizes"], layer_norm=True) for state in content["value"]
     ]
     action_dim = policy.net[-1].out_features
-    policy = FlowMatchingPolicy(policy, action_dim, content["num_steps"])
+    policy = FlowMatchingPolicy(policy, action_dim, content["policy_steps"])
     units = {"loc": content["loc"], "scale": content["scale"]}
     if content["method"] == "evor":
-        returns = ReturnFlow(members[0], content["num_steps"], **units)
+        returns = ReturnFlow(members[0], content["value_steps"], **units)
     else:
         network = StackedVelocityMLP.from_models(members)
         returns = ScalarCritic(network, num_critics=len(members), **units)

@@ -40,12 +40,17 @@ METHODS = ("evor", "bc", "qc", "scalar", "hl_gauss", "categorical", "quantile", 
 
 @dataclass
 class Sizes:
-    """What all methods share. Returns are ``loc + scale * z``; supports are in z units."""
+    """What all methods share. Returns are ``loc + scale * z``; supports are in z units.
+
+    ``observation_statistics`` are mean and deviation by which networks start standardised.
+    """
 
     observation_dim: int
     action_dim: int
     hidden_sizes: Sequence[int] = (256, 256, 256)
     num_steps: int = 10
+    value_steps: int = 10
+    observation_statistics: tuple[Tensor, Tensor] | None = None
     layer_norm: bool = True
     loc: float = 0.0
     scale: float = 1.0
@@ -57,21 +62,30 @@ class Sizes:
         """Size of an observation and an action together."""
         return self.observation_dim + self.action_dim
 
+    def network(self, in_features: int, out_features: int = 1, **options) -> VelocityMLP:
+        """Network whose first inputs are an observation."""
+        return self._standardized(
+            VelocityMLP(in_features, out_features, hidden_sizes=self.hidden_sizes, **options)
+        )
+
+    def _standardized(self, network):
+        if self.observation_statistics is None:
+            return network
+        return network.standardize_inputs_(*self.observation_statistics)
+
     def policy(self) -> FlowMatchingPolicy:
         """Base policy, without LayerNorm."""
-        network = VelocityMLP(self.inputs + 1, self.action_dim, hidden_sizes=self.hidden_sizes)
+        network = self.network(self.inputs + 1, self.action_dim)
         return FlowMatchingPolicy(network, self.action_dim, self.num_steps)
 
     def value(self, in_features: int, out_features: int = 1) -> VelocityMLP:
         """Network of a value or of a law's parameters."""
-        return VelocityMLP(
-            in_features, out_features, hidden_sizes=self.hidden_sizes, layer_norm=self.layer_norm
-        )
+        return self.network(in_features, out_features, layer_norm=self.layer_norm)
 
     def returns(self) -> ReturnFlow:
         """Reward-to-go flow."""
         network = self.value(self.inputs + 2)
-        return ReturnFlow(network, self.num_steps, loc=self.loc, scale=self.scale)
+        return ReturnFlow(network, self.value_steps, loc=self.loc, scale=self.scale)
 
     def critic(self, kind: str) -> Critic:
         """Single critic of policy evaluation."""
@@ -90,6 +104,7 @@ class Sizes:
         stack = StackedVelocityMLP(
             num_critics, self.inputs, hidden_sizes=self.hidden_sizes, layer_norm=self.layer_norm
         )
+        stack = self._standardized(stack)
         return ScalarCritic(stack, num_critics=num_critics, loc=self.loc, scale=self.scale)
 
 
@@ -220,7 +235,7 @@ def make_iql(
         raise ValueError(f"expectile must lie between 0 and 1, got {expectile}.")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}.")
-    network = VelocityMLP(sizes.observation_dim, sizes.action_dim, hidden_sizes=sizes.hidden_sizes)
+    network = sizes.network(sizes.observation_dim, sizes.action_dim)
     parameters = TensorDictModule(
         GaussianPolicy(network), in_keys=["observation"], out_keys=["action", "scale"]
     )

@@ -29,9 +29,11 @@ def main(cfg: DictConfig) -> None:
     data = utils.make_data(cfg)
     policy, returns = utils.make_networks(cfg, data, device)
     loss, updater, optimizer = utils.make_loss(cfg, policy, returns)
-    update = utils.make_update(cfg, loss, updater, optimizer)
+    scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
+    update = utils.make_update(cfg, loss, updater, optimizer, scheduler)
     actor = utils.make_actor(cfg, policy, returns)
-    run = utils.Run(cfg, output, loss, updater, optimizer)
+    modules = {"loss": loss, "updater": updater, "optimizer": optimizer, "scheduler": scheduler}
+    run = utils.Run(cfg, output, **modules)
     run.resume(cfg.resume)
 
     with tqdm(total=cfg.optim.num_updates, initial=run.step, unit="update") as bar:

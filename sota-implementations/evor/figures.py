@@ -61,18 +61,24 @@ def reward_to_go(
 
     Around each state, the returns that the data earn from its nearest
     neighbours are compared with the law learnt for the same neighbours.
-    Transitions near the end of a trajectory, whose return is not known, are
-    left out.
+    Behind the end of a trajectory the data's return goes on with a draw from
+    the law learnt for its last state, so only the half of the transitions
+    that have the most of their trajectory before them are shown.
     """
     transitions = data.transitions
-    windows = make_windows(transitions, 1, 1, gamma)
+    windows = make_windows(transitions, len(transitions), 1, gamma)
     # By position alone: to keep whatever has terminated would favour good returns.
-    rows = windows.start[gamma ** (windows.last - windows.start + 1) < 0.05]
-    if len(rows) < num_neighbours:
-        return
+    remaining = windows.last - windows.start
+    kept = remaining >= remaining.median()
+    rows, end = windows.start[kept], windows.end[kept]
     observation, action = transitions["observation"][rows], transitions["action"][rows]
-    returns = data.empirical_returns(gamma)[rows]
     device = actor.returns.loc.device
+
+    def data_returns(index: Tensor) -> Tensor:
+        following = transitions["next"][end[index]].to(device)
+        rest = actor.returns.sample(following["observation"], following["action"], 1)
+        weight = gamma ** (end[index] - rows[index] + 1) * ~windows.terminated[kept][index]
+        return windows.reward[kept][index] + weight * rest.squeeze(-1).cpu()
 
     def law(index: Tensor, num_quantiles: int) -> Tensor:
         x, a = observation[index].to(device), action[index].to(device)
@@ -86,7 +92,7 @@ def reward_to_go(
     for axis, centre in zip(axes, order[ranks]):
         distance = ((observation - observation[centre]) / spread).square().sum(-1)
         index = distance.topk(num_neighbours, largest=False).indices
-        learnt, empirical = law(index, 32).flatten(), returns[index]
+        learnt, empirical = law(index, 32).flatten(), data_returns(index)
         low = min(learnt.min(), empirical.min()).item()
         high = max(learnt.max(), empirical.max()).item() + 1e-3
         options = {"bins": 40, "range": (low, high), "density": True}

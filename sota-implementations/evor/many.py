@@ -164,9 +164,10 @@ class Program:
         on_cuda = device.type == "cuda"
         parameters = dict.fromkeys(p for loss in self.losses.values() for p in loss.parameters())
         self.num_parameters = sum(p.numel() for p in parameters)
-        self.optimizer = torch.optim.Adam(
-            list(parameters), lr=cfg.lr, fused=True, capturable=on_cuda
-        )
+        # A graph reads the learning rate from a tensor, which the scheduler fills.
+        lr = torch.tensor(cfg.lr, device=device) if on_cuda else cfg.lr
+        self.optimizer = torch.optim.Adam(list(parameters), lr=lr, fused=True, capturable=on_cuda)
+        self.scheduler = utils.make_scheduler(self.optimizer, cfg.schedule, cfg.num_updates)
         self.metrics = torch.zeros(1 + len(self.losses), device=device)
         self.stream = torch.cuda.Stream(device) if on_cuda else None
         self.graph = None
@@ -182,7 +183,12 @@ class Program:
             action_dim,
             hidden_sizes=self.cfg.hidden_sizes,
         )
-        return FlowMatchingPolicy(network, action_dim, self.cfg.num_steps).to(self.device)
+        network.standardize_inputs_(*self._observation_statistics())
+        return FlowMatchingPolicy(network, action_dim, self.cfg.policy_steps).to(self.device)
+
+    def _observation_statistics(self) -> tuple[Tensor, Tensor]:
+        """The same for all tasks, which share their data."""
+        return next(iter(self.replays.values())).observation_statistics()
 
     def _make_loss(self, method: str) -> torch.nn.Module:
         """The loss of a method over its stack of value networks."""
@@ -193,7 +199,8 @@ class Program:
         features = windows.observation.shape[-1] + windows.action.shape[-1]
         if method == "evor":
             network = StackedVelocityMLP(len(settings), features + 2, **options)
-            returns = ReturnFlow(network, self.cfg.num_steps, loc=loc, scale=scale)
+            network.standardize_inputs_(*self._observation_statistics())
+            returns = ReturnFlow(network, self.cfg.value_steps, loc=loc, scale=scale)
             loss = EVORLoss(
                 self.policy,
                 returns,
@@ -203,6 +210,7 @@ class Program:
             )
             return loss.make_value_estimator(gamma=self.gamma)
         network = StackedVelocityMLP(2 * len(settings), features, **options)
+        network.standardize_inputs_(*self._observation_statistics())
         critic = ScalarCritic(network, num_critics=2, loc=loc, scale=scale)
         if method == "scalar":
             loss = CriticLoss(self.policy, critic, next_action="dataset", reduction="none")
@@ -241,11 +249,11 @@ class Program:
         """One gradient step of every network; asynchronous on CUDA."""
         self.num_updates += 1
         if self.stream is None:
-            return self._update()
-        with torch.cuda.stream(self.stream):
-            if self.graph is not None:
-                return self.graph.replay()
             self._update()
+            return self.scheduler.step()
+        with torch.cuda.stream(self.stream):
+            self._update() if self.graph is None else self.graph.replay()
+            self.scheduler.step()
         if self.num_updates == 10:
             self._capture()
 

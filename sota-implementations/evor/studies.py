@@ -116,6 +116,10 @@ class _Sizes:
     def return_statistics(self, gamma: float) -> tuple[float, float]:
         return 0.0, 1.0
 
+    def observation_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        observation = self._row["observation"]
+        return torch.zeros_like(observation), torch.ones_like(observation)
+
 
 def _load_run(folder: Path, device) -> Trained:
     saved = Checkpoint(config={}, progress={})

@@ -51,6 +51,8 @@ def make_sizes(cfg: DictConfig, data: OGBenchExperienceReplay) -> baselines.Size
         row["action"].shape[-1],
         hidden_sizes=cfg.value.hidden_sizes,
         num_steps=cfg.policy.num_steps,
+        value_steps=cfg.value.num_steps,
+        observation_statistics=data.observation_statistics(),
         layer_norm=cfg.value.layer_norm,
         loc=loc,
         scale=scale,
@@ -80,6 +82,7 @@ def make_agent(cfg: DictConfig, sizes: baselines.Sizes, device: torch.device):
 
 def train(cfg: DictConfig, data, loss, optimizer, updater, device: torch.device) -> float:
     """All updates; returns the seconds that they took."""
+    scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
     compute_loss = torch.compile(loss) if cfg.compile else loss
     start = time.perf_counter()
     with tqdm(total=cfg.optim.num_updates, unit="update") as bar:
@@ -88,6 +91,7 @@ def train(cfg: DictConfig, data, loss, optimizer, updater, device: torch.device)
             optimizer.zero_grad()
             sum(value for name, value in losses.items() if name.startswith("loss")).backward()
             optimizer.step()
+            scheduler.step()
             if updater is not None:
                 updater.step()
             bar.update()
@@ -144,6 +148,7 @@ def main(cfg: DictConfig) -> None:
     output = Path(HydraConfig.get().runtime.output_dir)
     device = utils.choose_device(cfg.device)
     torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
     data = make_data(cfg)
     loss, actor, optimizer, updater = make_agent(cfg, make_sizes(cfg, data), device)
     seconds = train(cfg, data, loss, optimizer, updater, device)

@@ -16,6 +16,7 @@ import results_io
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
+from torch.optim.lr_scheduler import LambdaLR
 from torchrl._utils import timeit
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -54,6 +55,10 @@ def check_config(cfg: DictConfig) -> None:
         raise ValueError(
             "logger.backend must be 'csv', 'wandb', 'tensorboard' or 'none', "
             f"got {cfg.logger.backend!r}."
+        )
+    if cfg.optim.schedule not in ("constant", "cosine"):
+        raise ValueError(
+            f"optim.schedule must be 'constant' or 'cosine', got {cfg.optim.schedule!r}."
         )
     if cfg.resume is not None and not Checkpoint.is_checkpoint(cfg.resume):
         raise FileNotFoundError(f"resume must be the folder of a checkpoint, got {cfg.resume!r}.")
@@ -96,6 +101,10 @@ def make_networks(cfg: DictConfig, data: OGBenchExperienceReplay, device: torch.
     )
     loc, scale = data.return_statistics(cfg.loss.gamma)
     returns = ReturnFlow(network, cfg.value.num_steps, loc=loc, scale=scale)
+    # Maze positions lie between 0 and 24: unstandardised, walls are hard to learn.
+    statistics = data.observation_statistics()
+    policy.module.velocity_network.standardize_inputs_(*statistics)
+    network.standardize_inputs_(*statistics)
     return policy.to(device), returns.to(device)
 
 
@@ -107,7 +116,16 @@ def make_loss(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow):
     return loss, SoftUpdate(loss, tau=cfg.loss.tau), optimizer
 
 
-def make_update(cfg: DictConfig, loss: EVORLoss, updater: SoftUpdate, optimizer):
+def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, num_updates: int) -> LambdaLR:
+    """Learning rate over the updates: ``"constant"``, or ``"cosine"``, which ends at 0."""
+    factors = {
+        "constant": lambda step: 1.0,
+        "cosine": lambda step: 0.5 + 0.5 * math.cos(math.pi * min(step / num_updates, 1.0)),
+    }
+    return LambdaLR(optimizer, factors[schedule])
+
+
+def make_update(cfg: DictConfig, loss: EVORLoss, updater: SoftUpdate, optimizer, scheduler):
     """One gradient step as a function of the batch."""
     compute_loss = torch.compile(loss) if cfg.compile else loss
 
@@ -116,6 +134,7 @@ def make_update(cfg: DictConfig, loss: EVORLoss, updater: SoftUpdate, optimizer)
         optimizer.zero_grad()
         (losses["loss_actor"] + losses["loss_value"]).backward()
         optimizer.step()
+        scheduler.step()
         updater.step()
         return losses.detach()
 
@@ -169,9 +188,9 @@ def summarize(episodes: TensorDictBase) -> dict[str, float]:
 
 
 class Run:
-    """Step, history, logger and checkpoint of a run."""
+    """Step, history, logger and checkpoint (of ``modules`` and random states) of a run."""
 
-    def __init__(self, cfg: DictConfig, output: Path, loss, updater, optimizer) -> None:
+    def __init__(self, cfg: DictConfig, output: Path, **modules) -> None:
         self.cfg = cfg
         self.output = output
         self.step = 0
@@ -180,7 +199,7 @@ class Run:
         self.history: dict[str, list] = {"train": [], "eval": []}
         self._last: float | None = None
         self._sum, self._count = None, 0
-        self._modules = {"loss": loss, "updater": updater, "optimizer": optimizer}
+        self._modules = modules
         kwargs = {"wandb_kwargs": {"project": cfg.logger.project, "mode": cfg.logger.mode}}
         backend = "" if cfg.logger.backend == "none" else cfg.logger.backend
         self.logger = get_logger(backend, str(output), "logs", **kwargs)

@@ -451,6 +451,17 @@ class TestReplay:
             data.transitions["next", "reward"].mean().item(), abs=1e-6
         )
 
+    def test_observation_statistics(self, make, folder):
+        raw = dict(np.load(folder / f"{FILE}.npz"))
+        raw["observations"][:, 1] = 7.0  # a constant is left in its units
+        np.savez(folder / f"{FILE}.npz", **raw)
+        data = make()
+        mean, deviation = data.observation_statistics()
+        observation = data.transitions["observation"]
+        assert mean.tolist() == pytest.approx([observation[:, 0].mean().item(), 7.0])
+        assert deviation[0].item() == pytest.approx(observation[:, 0].std(correction=0).item())
+        assert deviation[1] == 1.0
+
     def test_equal_returns_have_scale_one(self, make, folder):
         raw = dict(np.load(folder / f"{FILE}.npz"))
         raw["qpos"] = np.zeros_like(raw["qpos"])  # far from the goal: every reward is -1

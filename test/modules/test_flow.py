@@ -97,6 +97,43 @@ class TestVelocityMLP:
             VelocityMLP(**{"in_features": 3, **kwargs})
 
 
+class TestStandardizeInputs:
+    @pytest.mark.parametrize("layer_norm", [False, True])
+    def test_is_the_network_of_standardized_inputs(self, layer_norm):
+        options = {"hidden_sizes": (7, 5), "layer_norm": layer_norm, "dtype": torch.float64}
+        network = VelocityMLP(3 + 2, 2, **options)
+        loc, scale = torch.tensor([10.0, -4.0, 0.0]), torch.tensor([5.0, 0.1, 1.0])
+        raw, rest = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+        expected = network((raw - loc.double()) / scale.double(), rest)
+        assert network.standardize_inputs_(loc, scale) is network
+        torch.testing.assert_close(network(raw, rest), expected)
+
+    def test_by_hand(self):
+        network = VelocityMLP(2, 1, hidden_sizes=(1,))
+        layer = network.net[0]
+        layer.weight.data.copy_(torch.tensor([[6.0, 5.0]]))
+        network.standardize_inputs_(torch.tensor([4.0]), torch.tensor([2.0]))
+        assert layer.weight.tolist() == [[3.0, 5.0]]  # 6 / 2
+        assert layer.bias.tolist() == [-12.0]  # -4 * 3
+        assert layer.weight.requires_grad and layer.weight.is_leaf
+
+    @pytest.mark.parametrize(
+        "loc, scale, message",
+        [
+            ([0.0, 0.0], [1.0], r"got \[2\] and \[1\]"),
+            ([0.0] * 4, [1.0] * 4, "at most 3 inputs"),
+            ([0.0], [0.0], "scale must be positive, got a minimum of 0.0"),
+            ([0.0], [math.nan], "scale must be positive"),
+        ],
+    )
+    def test_bad_input(self, loc, scale, message):
+        network = VelocityMLP(3, hidden_sizes=(4,))
+        before = network.net[0].weight.clone()
+        with pytest.raises(ValueError, match=message):
+            network.standardize_inputs_(torch.tensor(loc), torch.tensor(scale))
+        assert network.net[0].weight.equal(before)
+
+
 class TestFlowMatchingModel:
     def test_constant_velocity_by_hand(self):
         model = FlowMatchingModel(Constant(0.5), 2)

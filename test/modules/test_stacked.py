@@ -127,6 +127,15 @@ class TestStackedVelocityMLP:
         weight = stack.net[0].weight
         assert not weight[0].equal(weight[1]) and not weight[1].equal(weight[2])
 
+    def test_standardize_inputs(self):
+        stack = StackedVelocityMLP(3, 4, hidden_sizes=(6,), dtype=torch.float64)
+        loc, scale = torch.tensor([10.0, 2.0]), torch.tensor([5.0, 0.5])
+        models = [model.standardize_inputs_(loc, scale) for model in stack.unstack()]
+        stack.standardize_inputs_(loc, scale)
+        inputs = torch.randn(3, 5, 4, dtype=torch.float64)
+        expected = torch.stack([model(x) for model, x in zip(models, inputs)])
+        torch.testing.assert_close(stack(inputs), expected)
+
     def test_bad_input(self):
         stack = StackedVelocityMLP(3, 4, hidden_sizes=(5,))
         with pytest.raises(ValueError, match="num_models=3.*(2, 6, 4)"):

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from filelock import FileLock
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.data.datasets.common import BaseDatasetExperienceReplay
 from torchrl.data.datasets.utils import _get_root_dir, register_dataset
 from torchrl.data.replay_buffers import (
@@ -310,6 +311,17 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         returns = self.empirical_returns(gamma)
         loc, scale = returns.mean().item(), returns.std(correction=0).item()
         return loc, scale if scale > 1e-6 * max(1.0, abs(loc)) else 1.0
+
+    def observation_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the observations, for ``VelocityMLP.standardize_inputs_``.
+
+        Returns:
+            tuple: two float32 tensors ``[observation]``, in the units of the observation. The
+            deviation is 1 where an observation never changes.
+        """
+        observation = self.transitions["observation"]
+        deviation, mean = torch.std_mean(observation, 0, correction=0)
+        return mean, torch.where(deviation > 1e-6 * mean.abs().clamp_min(1.0), deviation, 1.0)
 
 
 def _dataset_url() -> str:

@@ -22,6 +22,26 @@ ACTIVATIONS = {
 }
 
 
+@torch.no_grad()
+def fold_standardization(weight: Tensor, bias: Tensor, loc: Tensor, scale: Tensor) -> None:
+    """Folds ``(x - loc) / scale`` into a layer ``x @ weight + bias``, in place.
+
+    ``weight`` is ``[*M, in, out]``, ``bias`` has ``out`` last; ``loc`` and
+    ``scale`` belong to the first inputs.
+    """
+    if loc.ndim != 1 or loc.shape != scale.shape or len(loc) > weight.shape[-2]:
+        raise ValueError(
+            f"loc and scale must be of one shape [n], n at most {weight.shape[-2]} inputs, "
+            f"got {list(loc.shape)} and {list(scale.shape)}."
+        )
+    if not (scale > 0).all():
+        raise ValueError(f"scale must be positive, got a minimum of {scale.min().item()}.")
+    loc, scale = loc.to(weight), scale.to(weight)
+    rows = weight[..., : len(loc), :]
+    rows.div_(scale.unsqueeze(-1))
+    bias.sub_((loc @ rows).reshape(bias.shape))
+
+
 class VelocityMLP(nn.Module):
     """MLP for velocity fields: Linear, activation, optional LayerNorm, repeated.
 
@@ -89,6 +109,38 @@ class VelocityMLP(nn.Module):
                 nn.init.zeros_(layer.bias)
             elif isinstance(layer, nn.LayerNorm):
                 layer.reset_parameters()
+
+    def standardize_inputs_(self, loc: Tensor, scale: Tensor) -> VelocityMLP:
+        """Starts the network as if its first inputs were ``(x - loc) / scale``.
+
+        The map is folded into the first layer, once: the network stays a plain
+        MLP of its raw inputs, nothing is kept, and training goes on from there.
+        Where an input lies far from zero, all units of the first layer would
+        otherwise bend on the same side of the data.
+
+        Args:
+            loc (Tensor): ``[n]``, of the first ``n`` inputs, e.g. an observation's mean.
+            scale (Tensor): ``[n]``, positive, in the units of the inputs.
+
+        Returns:
+            the network itself.
+
+        Raises:
+            ValueError: if the shapes differ or exceed the inputs, or a scale
+                is not positive.
+
+        Examples:
+            >>> import torch
+            >>> network = VelocityMLP(2 + 1, hidden_sizes=(8,))
+            >>> before = network(torch.tensor([[1.0, -1.0, 0.5]]))
+            >>> loc, scale = torch.tensor([10.0, 20.0]), torch.tensor([2.0, 4.0])
+            >>> network = network.standardize_inputs_(loc, scale)
+            >>> after = network(torch.tensor([[12.0, 16.0, 0.5]]))
+            >>> torch.testing.assert_close(before, after)
+        """
+        layer = self.net[0]
+        fold_standardization(layer.weight.mT, layer.bias, loc, scale)
+        return self
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Velocity at the concatenation of ``inputs``, ``[*B, out_features]``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_evor.modules.functional import check_choice, check_positive
-from torchrl_evor.modules.models.flow import ACTIVATIONS, VelocityMLP
+from torchrl_evor.modules.models.flow import ACTIVATIONS, VelocityMLP, fold_standardization
 
 __all__ = ["StackedVelocityMLP"]
 
@@ -144,6 +144,11 @@ class StackedVelocityMLP(nn.Module):
         for layer in self.net:
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()
+
+    def standardize_inputs_(self, loc: Tensor, scale: Tensor) -> StackedVelocityMLP:
+        """:meth:`VelocityMLP.standardize_inputs_` for every model, with one ``loc`` and ``scale``."""
+        fold_standardization(self.net[0].weight, self.net[0].bias, loc, scale)
+        return self
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Velocities ``[num_models, *B, out_features]`` at the concatenation of ``inputs``."""
