@@ -146,7 +146,7 @@ class StackedVelocityMLP(nn.Module):
                 layer.reset_parameters()
 
     def standardize_inputs_(self, loc: Tensor, scale: Tensor) -> StackedVelocityMLP:
-        """:meth:`VelocityMLP.standardize_inputs_` for every model, with one ``loc`` and ``scale``."""
+        """:meth:`VelocityMLP.standardize_inputs_` of every model, by one ``loc`` and ``scale``."""
         fold_standardization(self.net[0].weight, self.net[0].bias, loc, scale)
         return self
 
