@@ -6,6 +6,8 @@
 
     python -m pytest benchmarks/test_evor_select_benchmark.py -o addopts= -m "not gpu"  # or -m gpu
 
+On a GPU ``ad_hoc/kernel_bench.py`` measures the same and more, with a verdict on each target.
+
 The parity tests of the device run first; if one fails nothing is measured. Networks are 4x512 with
 ten Euler steps; random weights. Each row records achieved TFLOP/s of the matrix products that the
 straightforward module needs, the error against float64, peak memory and the time of the first call.
@@ -27,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "ad_hoc"))
 
 import kernel_variants as variants  # noqa: E402
+from kernel_measure import Machine  # noqa: E402
 from kernel_variants import Problem  # noqa: E402
 
 _has_triton = importlib.util.find_spec("triton") is not None
@@ -57,12 +60,10 @@ def no_grad():
 
 @functools.lru_cache
 def roofline() -> dict:
-    import kernel_bench
-
-    return kernel_bench.roofline()
+    return Machine(dry=False).roofline()
 
 
-def measure(benchmark, problem: Problem, precision: str, make) -> None:
+def measure(benchmark, problem: Problem, precision: str, make, seeded: bool = False) -> None:
     """Times ``make()``'s call back to back and records all that the number depends on."""
     on_gpu = problem.noise.is_cuda
     if on_gpu:
@@ -83,7 +84,8 @@ def measure(benchmark, problem: Problem, precision: str, make) -> None:
         start = time.perf_counter()
         out = synchronised()
         seconds.append(time.perf_counter() - start)
-    error = ((out[3].double() - problem.want).norm() / problem.want.norm()).item()
+    want = problem.want_of_seed if seeded else problem.want
+    error = ((out[3].double() - want).norm() / want.norm()).item()
     benchmark.pedantic(synchronised, rounds=max(5, min(200, int(SECONDS / seconds[-1]))))
     rate = problem.flops / benchmark.stats["median"] / 1e12
     benchmark.extra_info.update(
@@ -107,6 +109,7 @@ CPU_PATHS = {
     "module": lambda p: variants.naive(p, "fp32"),
     "folded": lambda p: functools.partial(variants.folded(p, "fp32", True), *p.inputs()),
     "fused": variants.public,
+    "fused seed": functools.partial(variants.public, noise="seed"),
     "fused 1e-5": lambda p: variants.public(p, tolerance=1e-5),
     "fused 1e-3": lambda p: variants.public(p, tolerance=1e-3),
 }
@@ -118,7 +121,7 @@ CPU_PATHS = {
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_decision_on_a_cpu(benchmark, device, layer_norm, path):
     problem = Problem(DECISION, layer_norm, device, stratified=True)
-    measure(benchmark, problem, "fp32", lambda: CPU_PATHS[path](problem))
+    measure(benchmark, problem, "fp32", lambda: CPU_PATHS[path](problem), path.endswith(" seed"))
 
 
 @pytest.mark.benchmark(group="candidates and nodes, CPU")
@@ -131,8 +134,9 @@ def test_sweep_on_a_cpu(benchmark, device, shape, path):
 
 
 def _cuda_path(problem: Problem, precision: str, path: str):
-    """One path on a GPU; a name that ends in "graph" replays a CUDA graph."""
-    name, graph = path.removesuffix(" graph"), path.endswith(" graph")
+    """One path on a GPU: "graph" replays a CUDA graph, "seed" draws the noise in the kernel."""
+    name, *words = path.split()
+    graph = "graph" in words
     inputs = problem.inputs()
     if name == "module":
         call = variants.naive(problem, precision)
@@ -144,11 +148,12 @@ def _cuda_path(problem: Problem, precision: str, path: str):
     else:
         backend = {"layered": "triton_layered", "loop": "triton_loop"}.get(name, name)
         kernel_precision = variants.KERNEL_PRECISION[precision]
-        call = variants.public(problem, backend=backend, precision=kernel_precision)
+        noise = "seed" if "seed" in words else "given"
+        call = variants.public(problem, backend=backend, precision=kernel_precision, noise=noise)
     return variants.graphed(call) if graph else call
 
 
-KERNELS = ["layered", "layered graph", "loop", "loop graph"]
+KERNELS = ["layered", "layered graph", "layered seed graph", "loop", "loop graph", "loop seed"]
 CUDA_PATHS = ["module", "module graph", "folded", "folded graph", "compiled", "compiled graph"]
 
 
@@ -160,7 +165,8 @@ CUDA_PATHS = ["module", "module graph", "folded", "folded graph", "compiled", "c
 def test_scenarios(benchmark, device, scenario, precision, path):
     benchmark.group = f"{scenario} {precision}"
     problem = Problem(variants.SCENARIOS[scenario], device=device)
-    measure(benchmark, problem, precision, lambda: _cuda_path(problem, precision, path))
+    make = functools.partial(_cuda_path, problem, precision, path)
+    measure(benchmark, problem, precision, make, "seed" in path)
 
 
 @gpu

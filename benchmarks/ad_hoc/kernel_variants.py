@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
+import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from torchrl_evor.triton_kernels import (  # noqa: E402
     _launch,
     evor_select,
     pack_velocity_mlp,
+    philox_normal,
 )
 from torchrl_evor.triton_kernels._torch_path import folded_sample  # noqa: E402
 from torchrl_evor.triton_kernels.packing import fold  # noqa: E402
@@ -45,13 +49,13 @@ KERNEL_PRECISION = {"fp32": "tf32x3", "fp16": "fp16", "bf16": "bf16", "tf32": "t
 DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_network(layer_norm: bool) -> nn.Sequential:
-    layers, width = [], OBS + ACT + 2
+def make_network(layer_norm: bool, width: int = WIDTH) -> nn.Sequential:
+    layers, inputs = [], OBS + ACT + 2
     for _ in range(DEPTH):
-        layers += [nn.Linear(width, WIDTH), nn.GELU(approximate="tanh")]
-        layers += [nn.LayerNorm(WIDTH, eps=1e-6)] if layer_norm else []
-        width = WIDTH
-    layers += [nn.Linear(WIDTH, 1)]
+        layers += [nn.Linear(inputs, width), nn.GELU(approximate="tanh")]
+        layers += [nn.LayerNorm(width, eps=1e-6)] if layer_norm else []
+        inputs = width
+    layers += [nn.Linear(width, 1)]
     for layer in layers:
         if isinstance(layer, nn.Linear):  # as in VelocityMLP
             nn.init.xavier_uniform_(layer.weight)
@@ -62,11 +66,15 @@ def make_network(layer_norm: bool) -> nn.Sequential:
 class Problem:
     """One scenario: network, fresh random inputs, the answer in float64."""
 
+    width, steps = WIDTH, STEPS
+
     def __init__(self, shape, layer_norm=True, device="cuda", stratified=False):
         torch.manual_seed(0)
         self.shape = states, candidates, nodes = shape
         self.rows = states * candidates * nodes
-        self.network = make_network(layer_norm).to(device)
+        self.layer_norm = layer_norm
+        self.network = make_network(layer_norm, self.width).to(device)
+        self.options = OPTIONS | {"num_steps": self.steps}
         self.packed = pack_velocity_mlp(self.network, OBS, ACT)
         self.observation = torch.randn(states, OBS, device=device)
         self.action = torch.randn(states, candidates, ACT, device=device)
@@ -74,31 +82,40 @@ class Problem:
         nodes = torch.special.ndtri(quantiles).float()
         self.noise = nodes if stratified else torch.randn(shape, device=device)
         self.gumbel = -torch.empty(states, candidates, device=device).exponential_().log()
-        self.flops = 2 * self.rows * STEPS * (DEPTH - 1) * WIDTH**2
+        self.seed = torch.tensor([0, 0], device=device)
+        self.flops = 2 * self.rows * self.steps * (DEPTH - 1) * self.width**2
 
     def inputs(self):
         return self.observation, self.action, self.noise, self.gumbel
 
+    def copy_of_network(self) -> nn.Sequential:
+        network = make_network(self.layer_norm, self.width)
+        network.load_state_dict(self.network.state_dict())
+        return network.to(self.noise.device)
+
+    def _answer(self, noise):
+        inputs = (tensor.double() for tensor in (self.observation, self.action, noise))
+        return sample_returns_reference(self.copy_of_network().double(), *inputs, self.steps)
+
     @functools.cached_property
     def want(self):
-        network = make_network(any(isinstance(m, nn.LayerNorm) for m in self.network))
-        network.load_state_dict(self.network.state_dict())
-        inputs = (t.double() for t in (self.observation, self.action, self.noise))
-        return sample_returns_reference(network.double().to(self.noise.device), *inputs, STEPS)
+        return self._answer(self.noise)
+
+    @functools.cached_property
+    def want_of_seed(self):
+        return self._answer(philox_normal(self.seed, self.shape))
 
 
 def naive(problem: Problem, precision: str):
     """The module as it stands: concat and nn.Sequential, in half precision where asked for."""
     dtype = DTYPE.get(precision, torch.float32)
-    network = make_network(any(isinstance(m, nn.LayerNorm) for m in problem.network))
-    network.load_state_dict(problem.network.state_dict())
-    network = network.to(problem.noise.device, dtype)
+    network = problem.copy_of_network().to(dtype)
 
     def velocity(inputs):
         return network(inputs.to(dtype)).float()
 
     def call():
-        return evor_select_reference(velocity, *problem.inputs(), **OPTIONS)
+        return evor_select_reference(velocity, *problem.inputs(), **problem.options)
 
     return call
 
@@ -111,7 +128,8 @@ def folded(problem: Problem, precision: str, fresh: bool):
 
     def call(observation, action, noise, gumbel):
         weights = fold(packed.tensors(), packed.layer_norm, dtype) if fresh else kept
-        z = folded_sample(weights, "gelu_tanh", packed.eps, observation, action, noise, STEPS)
+        reads = observation, action, noise, problem.steps
+        z = folded_sample(weights, "gelu_tanh", packed.eps, *reads)
         q = torch.logsumexp(z, -1) - math.log(z.shape[-1])
         index = (q / 0.5 + gumbel).argmax(-1, keepdim=True)
         chosen = action.gather(1, index.unsqueeze(-1).expand(-1, -1, ACT)).squeeze(1)
@@ -120,37 +138,47 @@ def folded(problem: Problem, precision: str, fresh: bool):
     return call
 
 
-def kernel(problem: Problem, precision: str, config, frozen: bool):
-    """One configuration of a kernel through the public function."""
-    packed = problem.packed.freeze() if frozen else problem.packed
-    backend = "triton_layered" if isinstance(config, _launch.LayerConfig) else "triton_loop"
-
-    def call():
-        original = _config.choose
+@contextlib.contextmanager
+def tile(config):
+    """Takes one configuration of a kernel; ``None`` leaves the choice to the tables."""
+    original = _config.choose
+    if config is not None:
         _config.choose = lambda *_: config
-        try:
-            return evor_select(
-                packed,
-                *problem.inputs(),
-                **OPTIONS,
-                backend=backend,
-                precision=KERNEL_PRECISION[precision],
-                return_samples=True,
-            )
-        finally:
-            _config.choose = original
-
-    return call
+    try:
+        yield
+    finally:
+        _config.choose = original
 
 
-def public(problem: Problem, **options):
-    """The public function, with live weights and all returns."""
+def _fresh(problem: Problem):
+    gumbel = -torch.empty_like(problem.gumbel).exponential_().log()
+    return problem.observation, problem.action, torch.randn_like(problem.noise), gumbel
+
+
+def public(problem: Problem, frozen=False, noise="given", config=None, **options):
+    """The public function, by default with live weights and all returns.
+
+    ``noise`` is ``"given"``, drawn from a ``"seed"`` in the kernels, or drawn by torch in the call
+    (``"randn"``).
+    """
+    packed = problem.packed.freeze() if frozen else problem.packed
+    options = {"return_samples": True} | problem.options | options
+    if noise == "seed":
+        options |= {"seed": problem.seed, "num_samples": problem.shape[-1]}
 
     def call():
-        reads = problem.packed, *problem.inputs()
-        return evor_select(*reads, **OPTIONS, return_samples=True, **options)
+        reads = _fresh(problem) if noise == "randn" else problem.inputs()
+        with tile(config):
+            return evor_select(packed, *reads[: 2 if noise == "seed" else 4], **options)
 
     return call
+
+
+def kernel(problem: Problem, precision: str, config, frozen: bool, **options):
+    """One configuration of a kernel through the public function."""
+    design = "triton_layered" if isinstance(config, _launch.LayerConfig) else "triton_loop"
+    options = {"backend": design, "precision": KERNEL_PRECISION[precision]} | options
+    return public(problem, frozen, config=config, **options)
 
 
 def graphed(call):
@@ -171,21 +199,50 @@ def graphed(call):
     return replay
 
 
-def passes(*arguments: str) -> bool:
-    """Whether the parity tests pass; their output is shown if they do not."""
-    command = [sys.executable, "-m", "pytest", *arguments, "-q", "-p", "no:cacheprovider"]
-    command += ["--confcutdir=test/triton_kernels", "--no-header", "--tb=short", "-rf"]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", "10"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        print((done.stdout + done.stderr)[-5000:], flush=True)
-    return done.returncode == 0
+def _pytest(*arguments: str) -> list[str]:
+    # Options of the project name plug-ins that a bare machine does not have.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    return [*command, "--confcutdir=test/triton_kernels", "--no-header", "--tb=short", *arguments]
 
 
-def parity_tests(device: str) -> bool:
+def passes(*arguments: str, processes: int = 1, seconds: float = 600.0) -> bool:
+    """Whether the parity tests pass, dealt out to processes; output is shown if they do not."""
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    listed = subprocess.run(_pytest("--collect-only", *arguments), **options)
+    # Names are relative to pytest's root, which need not be the folder that it runs in.
+    files = {Path(name).name: name for name in arguments if name.endswith(".py")}
+    found = (line.partition("::") for line in listed.stdout.splitlines() if "::" in line)
+    names = [f"{files[Path(file).name]}::{test}" for file, _, test in found]
+    if listed.returncode != 0 or not names:
+        print(listed.stdout[-5000:], flush=True)
+        return False
+    shards = [names[start::processes] for start in range(min(processes, len(names)))]
+    running = [subprocess.Popen(_pytest("-rf", *shard), **options) for shard in shards]
+    deadline = time.monotonic() + seconds
+    # All are waited for before the verdict: none may run on while something is measured.
+    outcomes = [_outcome(process, deadline) for process in running]
+    failed = [shown for code, shown in outcomes if code != 0]
+    if failed or not any(" passed" in shown for _, shown in outcomes):
+        print((failed or ["No parity test ran."])[0][-5000:], flush=True)
+        return False
+    return True
+
+
+def _outcome(process: subprocess.Popen, deadline: float) -> tuple[int, str]:
+    try:
+        shown, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return 1, process.communicate()[0] + "\nThe parity tests did not end in time."
+    return process.returncode, shown
+
+
+def parity_tests(device: str, seconds: float = 600.0) -> bool:
     """Runs the parity tests of one device."""
     folder = "test/triton_kernels"
     if device == "cuda":
-        return passes(f"{folder}/test_evor_select_gpu.py", "-m", "gpu")
-    return passes(f"{folder}/test_ops.py", f"{folder}/test_cpu_path.py")
+        processes = max(1, min(10, (os.cpu_count() or 2) - 2))
+        arguments = f"{folder}/test_evor_select_gpu.py", "-m", "gpu"
+        return passes(*arguments, processes=processes, seconds=seconds)
+    names = "test_ops.py", "test_cpu_path.py", "test_seeded_noise.py"
+    return passes(*(f"{folder}/{name}" for name in names), "-m", "not slow", seconds=seconds)
