@@ -121,6 +121,13 @@ def warm(job) -> tuple[str, float, str]:
     return "compiled" if config is None else "kernel", time.perf_counter() - start, error
 
 
+def _one_compile_thread() -> None:
+    """Every worker would start a pool of its own; the key of the cache ignores this option."""
+    from torch._inductor import config
+
+    config.compile_threads = 1
+
+
 def warm_all(table: Table, precisions) -> None:
     """All compilations at once, as far as they get in their time; nothing is measured meanwhile."""
     compiled = [(p, s, None) for p in precisions for s in SCENARIOS.values()]
@@ -130,7 +137,7 @@ def warm_all(table: Table, precisions) -> None:
     took: dict[str, list[float]] = {"kernel": [], "compiled": []}
     failed = table.info["not_compiled"] = []
     stop = time.perf_counter() + COMPILE_SECONDS
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, _one_compile_thread) as pool:
         found = pool.imap_unordered(warm, jobs)
         with contextlib.suppress(multiprocessing.TimeoutError):
             for _ in jobs:
