@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ __all__ = ["CPUWeights", "cpu_sample", "cpu_weights"]
 _CHUNK_BYTES = 2**20
 # Fewer rows of one state than this share a product with those of other states.
 _STATE_ROWS = 64
+# Units of each layer whose smoothness is looked at.
+_PROBED_UNITS = 64
 _ONEDNN_ACTIVATIONS = {
     "gelu_tanh": ("gelu", [], "tanh"),
     "gelu": ("gelu", [], "none"),
@@ -79,62 +82,111 @@ def _chunk_rows(folded: FoldedVelocity) -> int:
     return max(64, share) * torch.get_num_threads()
 
 
-def _layer(weights: CPUWeights, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Activation of a linear map."""
+def _layer(
+    weights: CPUWeights, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = ""
+) -> Tensor:
+    """Activation of a linear map; ``None`` leaves it out."""
+    name = weights.activation if activation == "" else activation
     if weights.onednn:
-        options = _ONEDNN_ACTIVATIONS[weights.activation]
+        options = ("none", [], "") if name is None else _ONEDNN_ACTIVATIONS[name]
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *options)
-    return activate(F.linear(x, weight, bias), weights.activation)
+    x = F.linear(x, weight, bias)
+    return x if name is None else activate(x, name)
 
 
 def _normalized(weights: CPUWeights, g: Tensor) -> Tensor:
-    # Scale and shift of the LayerNorm are in the next weight.
-    return g if weights.eps < 0 else F.layer_norm(g, g.shape[-1:], eps=weights.eps)
+    """LayerNorm without scale and shift, which are in the next weight; overwrites ``g``."""
+    if weights.eps < 0:
+        return g
+    # Half the time of F.layer_norm.
+    g.sub_(g.mean(-1, keepdim=True))
+    square = torch.linalg.vector_norm(g, dim=-1, keepdim=True).square_()
+    return g.mul_(square.div_(g.shape[-1]).add_(weights.eps).rsqrt_())
 
 
-def _after_first(weights: CPUWeights, g: Tensor) -> Tensor:
-    """Velocities ``[R]`` from the activations ``[R, H]`` of the first layer."""
-    for weight, bias in zip(weights.hidden, weights.folded.biases):
-        g = _layer(weights, _normalized(weights, g), weight, bias)
-    head, bias = weights.folded.weights[-1], weights.folded.biases[-1]
-    return F.linear(_normalized(weights, g), head, bias).squeeze(-1)
+def _between(weights: CPUWeights, x: Tensor, mapping: Tensor) -> Tensor:
+    """Activations at other points ``[M' * P, H]`` from pre-activations ``[M * P, H]``."""
+    points = x.view(mapping.shape[1], -1)
+    return _layer(weights, mapping, points.t(), None).view(-1, x.shape[-1])
 
 
-class _OneState:
+class _Velocity:
+    """What velocities of one and of several states share: all but the first layer."""
+
+    def __init__(self, weights: CPUWeights):
+        self.weights = weights
+        self.num_products = len(weights.hidden)
+
+    def _head(self, g: Tensor) -> Tensor:
+        head, bias = self.weights.folded.weights[-1], self.weights.folded.biases[-1]
+        return F.linear(_normalized(self.weights, g), head, bias)
+
+    def __call__(
+        self, z: Tensor, time: Tensor | float, maps: tuple[Tensor | None, ...] = ()
+    ) -> Tensor:
+        """Velocity at ``z`` ``[M, P]``, as in :class:`~._chebyshev.ScalarVelocity`."""
+        points = max([len(z), *(len(mapping) for mapping in maps if mapping is not None)])
+        size = max(1, _chunk_rows(self.weights.folded) // points)
+        if not maps or z.shape[1] <= size:
+            return self._through(z, time, maps)
+        # Larger results would come from fresh pages each time: a tenth of a decision.
+        size = math.ceil(z.shape[1] / math.ceil(z.shape[1] / size))
+        chunks = [slice(start, start + size) for start in range(0, z.shape[1], size)]
+        return torch.cat([self.subset(c)._through(z[:, c], time, maps) for c in chunks], 1)
+
+    def _through(self, z: Tensor, time: Tensor | float, maps: tuple[Tensor | None, ...]) -> Tensor:
+        weights, g = self.weights, self.first(z, time)
+        for index, (weight, bias) in enumerate(zip(weights.hidden, weights.folded.biases)):
+            mapping = maps[index] if maps else None
+            activation = "" if mapping is None else None
+            g = _layer(weights, _normalized(weights, g), weight, bias, activation)
+            if mapping is not None:
+                g = _between(weights, g, mapping)
+        return self._head(g).view(-1, z.shape[1])
+
+    def layers(self, z: Tensor, time: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Velocity ``[M, P]`` and some pre-activations of each product, ``[M, P, U]``."""
+        weights, g, found = self.weights, self.first(z, time), []
+        for weight, bias in zip(weights.hidden, weights.folded.biases):
+            x = _layer(weights, _normalized(weights, g), weight, bias, None)
+            found.append(x[:, :: max(1, x.shape[-1] // _PROBED_UNITS)].unflatten(0, z.shape))
+            g = activate(x, weights.activation)
+        return self._head(g).view_as(z), found
+
+
+class _OneState(_Velocity):
     """Velocity at some candidates of one state: the state is in the bias of the first layer."""
 
     def __init__(self, weights: CPUWeights, bias: Tensor, action: Tensor):
-        self.weights, self.bias, self.action = weights, bias, action
+        super().__init__(weights)
+        self.bias, self.action = bias, action
         self.inputs = action.new_empty(0, 0, action.shape[-1] + 2)
 
-    def __call__(self, z: Tensor, time: Tensor | float) -> Tensor:
-        """Velocity at ``z`` ``[P, M]``; ``time`` broadcasts against it."""
+    def first(self, z: Tensor, time: Tensor | float) -> Tensor:
         if self.inputs.shape[:2] != z.shape:
             self.inputs = z.new_empty(*z.shape, self.action.shape[-1] + 2)
-            self.inputs[..., :-2] = self.action.unsqueeze(1)
+            self.inputs[..., :-2] = self.action
         self.inputs[..., -2] = z
         self.inputs[..., -1] = time
-        rows = self.inputs.flatten(0, 1)
-        first = _layer(self.weights, rows, self.weights.first, self.bias)
-        return _after_first(self.weights, first).view_as(z)
+        return _layer(self.weights, self.inputs.flatten(0, 1), self.weights.first, self.bias)
 
     def subset(self, index: Tensor | slice) -> _OneState:
         return _OneState(self.weights, self.bias, self.action[index])
 
 
-class _ManyStates:
+class _ManyStates(_Velocity):
     """Velocity at candidates of several states, whose shares in the first layer are given."""
 
     def __init__(self, weights: CPUWeights, base: Tensor):
-        self.weights, self.base = weights, base  # [P, H]
+        super().__init__(weights)
+        self.base = base  # [P, H]
 
-    def __call__(self, z: Tensor, time: Tensor | float) -> Tensor:
-        """Velocity at ``z`` ``[P, M]``; ``time`` broadcasts against it."""
+    def first(self, z: Tensor, time: Tensor | float) -> Tensor:
         folded = self.weights.folded
-        x = torch.addcmul(self.base.unsqueeze(1), z.unsqueeze(-1), folded.first_z)
+        x = torch.addcmul(self.base, z.unsqueeze(-1), folded.first_z)
         time = torch.as_tensor(time, dtype=z.dtype).unsqueeze(-1)
         x = torch.addcmul(x, time, folded.first_t).flatten(0, 1)
-        return _after_first(self.weights, activate(x, self.weights.activation)).view_as(z)
+        return activate(x, self.weights.activation)
 
     def subset(self, index: Tensor | slice) -> _ManyStates:
         return _ManyStates(self.weights, self.base[index])
@@ -161,15 +213,16 @@ def _velocities(weights: CPUWeights, observation: Tensor, action: Tensor, num_no
 
 
 def _euler(velocity, noise: Tensor, num_steps: int, size: int) -> Tensor:
-    """End points from ``noise`` ``[P, N]``, for ``size`` candidates at a time."""
+    """End points from ``noise`` ``[N, P]``, for ``size`` candidates at a time."""
     parts = []
-    for start in range(0, len(noise), size):
+    for start in range(0, noise.shape[1], size):
         chunk = slice(start, start + size)
-        some, z = velocity if size >= len(noise) else velocity.subset(chunk), noise[chunk]
+        whole = size >= noise.shape[1]
+        some, z = velocity if whole else velocity.subset(chunk), noise[:, chunk]
         for k in range(num_steps):
             z = z + some(z, k / num_steps) / num_steps
         parts.append(z)
-    return torch.cat(parts)
+    return torch.cat(parts, 1)
 
 
 def cpu_sample(
@@ -195,15 +248,17 @@ def cpu_sample(
         Tensor: ``[S, P, N]``.
     """
     shape = (*action.shape[:2], noise.shape[-1])
-    noise = noise.to(action.dtype).expand(shape).flatten(0, 1)
-    z = torch.empty(noise.shape, dtype=noise.dtype)
+    noise = noise.to(action.dtype).expand(shape).flatten(0, 1).t()
+    z = torch.empty(noise.shape[::-1], dtype=noise.dtype)
     size = max(1, _chunk_rows(weights.folded) // shape[-1])
     for chunk, velocity in _velocities(weights, observation, action, shape[-1]):
+        start = noise[:, chunk].contiguous()
         if tolerance == 0:
-            z[chunk] = _euler(velocity, noise[chunk], num_steps, size)
+            z[chunk] = _euler(velocity, start, num_steps, size).t()
             continue
-        z[chunk], left = interpolated_flow(velocity, noise[chunk], num_steps, tolerance)
+        ends, left = interpolated_flow(velocity, start, num_steps, tolerance)
         if len(left):
             some = velocity if len(left) == len(z[chunk]) else velocity.subset(left)
-            z[chunk][left] = _euler(some, noise[chunk][left], num_steps, size)
+            ends[:, left] = _euler(some, start[:, left], num_steps, size)
+        z[chunk] = ends.t()
     return z.view(shape)
