@@ -199,7 +199,7 @@ def test_many_runs_leave_a_row_for_each(root):
         "logger.interval=2",
         "tasks=[1,2]",
         "n_steps=[5]",
-        "methods=[evor,scalar,qc-1]",
+        "methods=[evor,scalar,qc-1,bc]",
         "actor.num_candidates=2",
         "actor.num_samples=2",
         "eval.episodes=1",
@@ -213,7 +213,7 @@ def test_many_runs_leave_a_row_for_each(root):
 
     rows = results_io.read_rows(root / "results")
     assert {(row.method, row.task) for row in rows} == {
-        (method, task) for method in ("evor", "scalar", "qc-1") for task in (1, 2)
+        (method, task) for method in ("evor", "scalar", "qc-1", "bc") for task in (1, 2)
     }
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import multiprocessing
 import os
 import sys
@@ -34,7 +35,7 @@ from torchrl_evor.envs import rollout_episodes
 
 @dataclass
 class Agent:
-    """A trained agent: base policy, value network (or the members of an ensemble), units."""
+    """A trained agent: base policy, value network (an ensemble's members, none for "bc"), units."""
 
     policy: VelocityMLP
     value: list[VelocityMLP]
@@ -70,8 +71,8 @@ def save(folder: Path, env: str, method: str, setting, agent: Agent, program) ->
     return folder / name
 
 
-def load(path: Path, device: torch.device | str = "cpu", **actor_options) -> EVORActor:
-    """Builds the actor of an agent file.
+def load(path: Path, device: torch.device | str = "cpu", **actor_options):
+    """Builds the actor of an agent file, for behaviour cloning the base policy.
 
     Args:
         path (Path): a file that :func:`save` wrote.
@@ -85,6 +86,8 @@ def load(path: Path, device: torch.device | str = "cpu", **actor_options) -> EVO
     ]
     action_dim = policy.net[-1].out_features
     policy = FlowMatchingPolicy(policy, action_dim, content["policy_steps"])
+    if content["method"] == "bc":
+        return policy.to(device)
     units = {"loc": content["loc"], "scale": content["scale"]}
     if content["method"] == "evor":
         returns = ReturnFlow(members[0], content["value_steps"], **units)
@@ -118,6 +121,8 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
         outcome = rollout_episodes(
             lambda: OGBenchEnv(name), actor, episodes, seed=seed, num_envs=episodes, device=device
         )
+    if content["method"] == "bc":
+        options = {}  # none of the actor's play a part
     states = (content["policy"], *content["value"])
     parameters = sum(value.numel() for state in states for value in state.values())
     kept = ("env", "task", "seed", "method", "n_step", "num_updates", "num_transitions")
@@ -132,7 +137,9 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
 
 def evaluate_all(cfg: DictConfig, files: list[Path], device, train_seconds: float) -> None:
     """Evaluates agent files at every ``cfg.tau_rs`` in parallel processes and records the rows."""
-    jobs = [(path, {**cfg.actor, "tau_r": float(tau)}) for path in files for tau in cfg.tau_rs]
+    # A temperature of the reward-to-go says something to laws only.
+    taus = {path: cfg.tau_rs if "_evor_" in path.name else [math.inf] for path in files}
+    jobs = [(path, {**cfg.actor, "tau_r": float(tau)}) for path in files for tau in taus[path]]
     processes = cfg.eval.processes or os.cpu_count()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
@@ -144,8 +151,8 @@ def evaluate_all(cfg: DictConfig, files: list[Path], device, train_seconds: floa
         for future in tqdm(finished, total=len(futures), unit="agent"):
             outcome = future.result()
             tqdm.write(
-                "{env} task {task} seed {seed} {method} n={n_step} tau_r={tau_r:g}: "
-                "success {success:.2f}, return {return_mean:.1f}".format(**outcome)
+                "{env} task {task} seed {seed} {method} n={n_step} tau_r={tau_r:g}: success "
+                "{success:.2f}, return {return_mean:.1f}".format(**{"tau_r": math.nan, **outcome})
             )
             if cfg.results_dir is not None:
                 path = Path(cfg.results_dir) / outcome["env"] / f"{outcome['method']}.csv"

@@ -149,7 +149,7 @@ class Program:
             method: [
                 Setting(*row)
                 for row in itertools.product(
-                    cfg.seeds, cfg.tasks, [1] if method == "qc-1" else cfg.n_steps
+                    cfg.seeds, cfg.tasks, [1] if method in ("qc-1", "bc") else cfg.n_steps
                 )
             ]
             for method in cfg.methods
@@ -159,7 +159,11 @@ class Program:
             for method, settings in self.settings.items()
         }
         self.policy = self._make_policy()
-        self.losses = {method: self._make_loss(method).to(device) for method in cfg.methods}
+        # Behaviour cloning is the base policy, which the losses of all others train.
+        learning = [method for method in cfg.methods if method != "bc"]
+        if not learning:
+            raise ValueError("methods must name one besides 'bc', which has no value network.")
+        self.losses = {method: self._make_loss(method).to(device) for method in learning}
         self.updaters = [SoftUpdate(loss, tau=cfg.tau) for loss in self.losses.values()]
         on_cuda = device.type == "cuda"
         parameters = dict.fromkeys(p for loss in self.losses.values() for p in loss.parameters())
@@ -222,7 +226,7 @@ class Program:
                 reduction="none",
             )
         else:
-            raise ValueError(f"methods must be 'evor', 'scalar' or 'qc-1', got {method!r}.")
+            raise ValueError(f"methods must be 'evor', 'scalar', 'qc-1' or 'bc', got {method!r}.")
         return loss.make_value_estimator(gamma=self.gamma)
 
     def _update(self) -> None:
@@ -267,11 +271,15 @@ class Program:
     def agents(self, method: str):
         """Trained agents of a method, as ``(setting, agent)``."""
         policies = self.policy.module.velocity_network.unstack()
-        loss, settings = self.losses[method], self.settings[method]
+        settings, seeds = self.settings[method], list(self.cfg.seeds)
+        if method == "bc":
+            for setting in settings:
+                yield setting, agents.Agent(policies[seeds.index(setting.seed)], [], 0.0, 1.0)
+            return
+        loss = self.losses[method]
         model = loss.value_network if method == "evor" else loss.qvalue_network
         stack = model.velocity_network if method == "evor" else model.network
         networks = stack.unstack()
-        seeds = list(self.cfg.seeds)
         for index, setting in enumerate(settings):
             # Members of an ensemble lie one stack of settings apart.
             members = networks[index :: len(settings)]
