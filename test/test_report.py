@@ -37,6 +37,7 @@ FULL = {
     "protocol": "small",
     "num_transitions": 99,
     "tau_r": float("inf"),
+    "tau_q": 0.0,
     "train_seconds": 10.0,
     "eval_seconds_per_decision": 0.002,
     "parameters": 1234,
@@ -180,7 +181,7 @@ class TestReading:
         with pytest.raises(ValueError, match=r"evor.csv, line 3: .*half"):
             results_io.read_rows(root)
         path.write_text("\n".join([*lines[:2], "a,b"]))
-        with pytest.raises(ValueError, match="line 3: expected 23 values"):
+        with pytest.raises(ValueError, match="line 3: expected 24 values"):
             results_io.read_rows(root)
 
     def test_duplicates(self, root):

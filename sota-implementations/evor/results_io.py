@@ -42,6 +42,7 @@ class ResultRow:
         num_candidates (int, optional): candidates per decision.
         num_samples (int, optional): reward-to-go nodes per candidate.
         tau_r (float, optional): temperature of the reward-to-go average, reward units.
+        tau_q (float, optional): temperature of the choice among candidates, reward units.
         length_mean (float, optional): mean number of steps of an episode.
         train_seconds (float, optional): wall-clock time of training.
         eval_seconds_per_decision (float, optional): time of the actor per decision and episode.
@@ -67,6 +68,7 @@ class ResultRow:
     num_candidates: int | None = None
     num_samples: int | None = None
     tau_r: float | None = None
+    tau_q: float | None = None
     length_mean: float | None = None
     train_seconds: float | None = None
     eval_seconds_per_decision: float | None = None
@@ -104,6 +106,7 @@ SETTINGS = (
     "num_candidates",
     "num_samples",
     "tau_r",
+    "tau_q",
 )
 _TYPES = {"str": str, "int": int, "float": float}
 

@@ -138,7 +138,8 @@ def make_row(cfg: DictConfig, actor, episodes: TensorDictBase, seconds: float, d
         **utils.episode_columns(episodes),
     }
     if hasattr(actor, "num_candidates"):
-        row.update({name: cfg.actor[name] for name in ("num_candidates", "num_samples", "tau_r")})
+        settings = ("num_candidates", "num_samples", "tau_r", "tau_q")
+        row.update({name: cfg.actor[name] for name in settings})
     return row
 
 

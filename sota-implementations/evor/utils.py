@@ -297,6 +297,7 @@ def append_result(cfg: DictConfig, run: Run, actor: EVORActor, episodes: TensorD
         "num_candidates": cfg.actor.num_candidates,
         "num_samples": cfg.actor.num_samples,
         "tau_r": cfg.actor.tau_r,
+        "tau_q": cfg.actor.tau_q,
         "device": device_name(device),
         "train_seconds": run.seconds,
         "peak_memory_mb": peak_memory_mb(device),
