@@ -37,7 +37,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the whole file (default: 0)")
     parser.add_argument("--num-workers", type=int, help="processes (default: one for each core)")
-    parser.add_argument("--noise", type=float, help="level of the action noise (default: official)")
+    parser.add_argument(
+        "--noise", type=float, help="level of the controller's noise (default: official)"
+    )
+    parser.add_argument(
+        "--action-noise",
+        type=float,
+        default=0.0,
+        help="deviation of the noise that the world adds to actions (default: 0)",
+    )
     parser.add_argument(
         "--p-random-action", type=float, help="share of uniform actions (default: official)"
     )
@@ -71,6 +79,7 @@ def collect(args: argparse.Namespace, dataset: str, split: str) -> None:
         split=split,
         num_workers=args.num_workers,
         noise=args.noise,
+        action_noise=args.action_noise,
         p_random_action=args.p_random_action,
         episode_length=args.episode_length,
     )
