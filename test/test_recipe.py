@@ -10,12 +10,16 @@ import importlib.util
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tensordict import TensorDict
 
 RECIPE = Path(__file__).resolve().parents[1] / "sota-implementations" / "evor"
 sys.path.insert(0, str(RECIPE))
@@ -56,6 +60,16 @@ def run(script: str, root: Path, *overrides: str) -> subprocess.CompletedProcess
     )
 
 
+def check(root: Path, *overrides: str) -> None:
+    """What evor.py does before any work."""
+    import utils
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        cfg = compose("config", overrides=[*SMALL, f"data.root={root / 'data'}", *overrides])
+    utils.check_config(cfg)
+
+
 @pytest.fixture(scope="module")
 def short_run(root):
     """Four updates of the smallest agent."""
@@ -72,13 +86,11 @@ def component(checkpoint: Path, name: str):
 class TestRun:
     def test_leaves_what_a_person_looks_at(self, short_run):
         result, output = short_run
-        for name in ("learning_curve.png", "maze.png"):
+        for name in ("learning_curve.png", "reward_to_go.png", "maze.png"):
             assert (output / name).read_bytes().startswith(b"\x89PNG"), name
         assert "success" in result.stderr + result.stdout
-        scalars = {path.stem for path in (output / "logs" / "scalars").iterdir()}
-        assert {"train_loss_actor", "train_loss_value", "eval_success"} <= {
-            name.replace("/", "_") for name in scalars
-        } or any((output / "logs").rglob("*loss_value*"))
+        logged = {path.stem for path in (output / "logs").rglob("*.csv")}
+        assert {"loss_actor", "loss_value", "success"} <= logged
         assert component(output / "checkpoint", "progress")["step"] == 4
 
     def test_resumed_run_is_the_uninterrupted_run(self, root, short_run):
@@ -112,6 +124,16 @@ class TestBadInput:
             ("env.task=7", "task"),
             ("optim.num_updates=0", "optim.num_updates must be an integer of at least 1, got 0"),
             ("eval.final_episodes=0", "eval.final_episodes must be an integer of at least 1"),
+            ("eval.episodes=0", "eval.episodes must be an integer of at least 1"),
+            ("data.n_step=0", "data.n_step must be an integer of at least 1"),
+            ("loss.td_target=exact", "td_target must be one of"),
+            ("loss.next_action=best", "next_action must be one of"),
+            ("actor.nodes=even", "nodes must be one of"),
+            ("actor.backend=jax", "backend must be one of"),
+            ("actor.tau_q=-1", "tau_q"),
+            ("actor.num_candidates=0", "num_candidates"),
+            ("value.num_steps=0", "num_steps"),
+            ("value.hidden_sizes=[0]", "hidden_sizes"),
             ("optim.schedule=linear", "optim.schedule must be 'constant' or 'cosine'"),
             ("logger.backend=excel", "logger.backend must be"),
         ],
@@ -125,18 +147,84 @@ class TestBadInput:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             utils.check_config(cfg)
 
-    def test_checkpoint_of_another_configuration(self, root, short_run):
-        result = run(
-            "evor.py",
-            root,
-            *SMALL,
-            "optim.num_updates=8",
-            "loss.gamma=0.9",
-            f"resume={short_run[1] / 'checkpoint'}",
-            f"hydra.run.dir={root / 'other'}",
-        )
-        assert result.returncode != 0
-        assert "belongs to another configuration: loss was" in result.stderr
+    @pytest.mark.parametrize(
+        "override, group",
+        [("loss.gamma=0.9", "loss"), ("optim.lr=1.0", "optim"), ("data.n_step=7", "data")],
+    )
+    def test_checkpoint_of_another_configuration(self, root, short_run, override, group):
+        resume = f"resume={short_run[1] / 'checkpoint'}"
+        with pytest.raises(ValueError, match=f"belongs to another configuration: {group} was"):
+            check(root, "optim.num_updates=8", override, resume)
+
+    def test_another_end_of_a_cosine(self, root, short_run, monkeypatch):
+        """At a constant rate a run may go on; under a schedule its end is part of it."""
+        resume = f"resume={short_run[1] / 'checkpoint'}"
+        check(root, "optim.num_updates=8", resume)
+        with pytest.raises(ValueError, match="optim was"):
+            check(root, "optim.num_updates=8", "optim.schedule=cosine", resume)
+
+    def test_a_damaged_checkpoint(self, root, short_run, tmp_path):
+        checkpoint = Path(shutil.copytree(short_run[1] / "checkpoint", tmp_path / "checkpoint"))
+        resume = f"resume={checkpoint}"
+        check(root, resume)
+        largest = max(checkpoint.rglob("*.memmap"), key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:16])
+        with pytest.raises(ValueError, match=rf"damaged: .*{largest.name} .* got 16\."):
+            check(root, resume)
+        largest.unlink()
+        with pytest.raises(ValueError, match="got no file"):
+            check(root, resume)
+
+    def test_a_checkpoint_of_something_else(self, root, tmp_path):
+        from torchrl.checkpoint import Checkpoint
+
+        folder = Checkpoint(progress={"step": 1}).save(tmp_path / "checkpoint")
+        with pytest.raises(ValueError, match="resume=.*was not written by evor.py"):
+            check(root, f"resume={folder}")
+
+    def test_no_room_for_a_checkpoint(self, tmp_path, monkeypatch):
+        import checkpoint_io
+
+        full = SimpleNamespace(free=10)
+        monkeypatch.setattr(checkpoint_io.shutil, "disk_usage", lambda path: full)
+        with pytest.raises(OSError, match="needs 1.0 MiB, 0.0 MiB are free"):
+            checkpoint_io.check_room(tmp_path, torch.nn.Linear(2, 2))
+
+    def test_an_interrupt_waits_for_the_checkpoint(self):
+        import checkpoint_io
+
+        done = False
+        with pytest.raises(KeyboardInterrupt):
+            with checkpoint_io.uninterrupted():
+                signal.raise_signal(signal.SIGINT)
+                done = True
+        assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class TestLogger:
+    @pytest.mark.parametrize(
+        "backend, mode",
+        [
+            ("tensorboard", "online"),
+            pytest.param("wandb", "disabled", marks=pytest.mark.slow),
+            pytest.param("wandb", "offline", marks=pytest.mark.slow),
+        ],
+    )
+    def test_without_an_account(self, tmp_path, monkeypatch, backend, mode):
+        import utils
+        from hydra import compose, initialize_config_dir
+
+        pytest.importorskip(backend)
+        monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        overrides = [f"logger.backend={backend}", f"logger.mode={mode}"]
+        with initialize_config_dir(str(RECIPE), version_base="1.3"):
+            cfg = compose("config", overrides=overrides)
+        run = utils.Run(cfg, tmp_path, loss=torch.nn.Linear(1, 1))
+        run.add(TensorDict(loss_value=torch.tensor(2.0)))
+        assert run.log_losses() == {"loss_value": "2"}
+        if mode != "disabled":
+            assert any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 class TestScheduler:

@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> None:
     actor = utils.make_actor(cfg, policy, returns)
     modules = {"loss": loss, "updater": updater, "optimizer": optimizer, "scheduler": scheduler}
     run = utils.Run(cfg, output, **modules)
-    run.resume(cfg.resume)
+    run.resume()
 
     with tqdm(total=cfg.optim.num_updates, initial=run.step, unit="update") as bar:
         while run.step < cfg.optim.num_updates:

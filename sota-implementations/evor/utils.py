@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import checkpoint_io
 import results_io
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -36,7 +37,16 @@ from torchrl_evor.envs import resolve_environment, rollout_episodes
 from torchrl_evor.record import wilson_interval
 
 # What a checkpoint must share with the run that continues it.
-IDENTITY = ("env", "data", "policy", "value", "loss", "seed")
+IDENTITY = ("env", "data", "policy", "value", "loss", "optim", "seed")
+COUNTS = (
+    "data.batch_size",
+    "data.n_step",
+    "optim.num_updates",
+    "eval.episodes",
+    "eval.final_episodes",
+    "eval.num_envs",
+    "logger.interval",
+)
 
 
 def env_name(cfg: DictConfig) -> str:
@@ -47,7 +57,7 @@ def env_name(cfg: DictConfig) -> str:
 def check_config(cfg: DictConfig) -> None:
     """Fails before any work is done, where a value of the configuration cannot be."""
     resolve_environment(env_name(cfg))
-    for name in ("optim.num_updates", "data.batch_size", "eval.final_episodes", "eval.num_envs"):
+    for name in COUNTS:
         value = OmegaConf.select(cfg, name)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
@@ -60,8 +70,49 @@ def check_config(cfg: DictConfig) -> None:
         raise ValueError(
             f"optim.schedule must be 'constant' or 'cosine', got {cfg.optim.schedule!r}."
         )
-    if cfg.resume is not None and not Checkpoint.is_checkpoint(cfg.resume):
-        raise FileNotFoundError(f"resume must be the folder of a checkpoint, got {cfg.resume!r}.")
+    _check_options(cfg)
+    if cfg.resume is not None:
+        if not Checkpoint.is_checkpoint(cfg.resume):
+            raise FileNotFoundError(
+                f"resume must be the folder of a checkpoint, got {cfg.resume!r}."
+            )
+        load_progress(cfg)
+
+
+def _check_options(cfg: DictConfig) -> None:
+    """Builds networks, loss and actor on the smallest shapes, for the errors of their parts."""
+    for group in (cfg.policy, cfg.value):
+        VelocityMLP(1, hidden_sizes=group.hidden_sizes, device="meta")
+    policy = FlowMatchingPolicy(VelocityMLP(3, 1, hidden_sizes=(1,)), 1, cfg.policy.num_steps)
+    returns = ReturnFlow(VelocityMLP(4, hidden_sizes=(1,)), cfg.value.num_steps)
+    make_loss(cfg, policy, returns)
+    make_actor(cfg, policy, returns)
+
+
+def load_progress(cfg: DictConfig) -> dict:
+    """Progress of the checkpoint ``cfg.resume``, which must fit ``cfg`` and be whole.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, belongs to another
+            configuration, or was not written by the recipe.
+    """
+    checkpoint_io.check_sizes(Path(cfg.resume))
+    saved = Checkpoint(config={}, progress={})
+    try:
+        saved.load(cfg.resume)
+    except Exception as error:
+        raise ValueError(f"resume={cfg.resume!r} is no checkpoint of evor.py: {error}") from error
+    then, now = saved.components["config"], OmegaConf.to_container(cfg, resolve=True)
+    for config in (then, now):
+        if config["optim"]["schedule"] == "constant":  # which knows no end, and may be extended
+            config["optim"] = {**config["optim"], "num_updates": None}
+    for group in IDENTITY:
+        if then[group] != now[group]:
+            raise ValueError(
+                f"resume={cfg.resume!r} belongs to another configuration: {group} was "
+                f"{then[group]}, this run has {now[group]}."
+            )
+    return saved.components["progress"]
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -249,30 +300,22 @@ class Run:
 
     def save(self) -> Path:
         """Writes the checkpoint; what was there before stays whole until it is replaced."""
+        checkpoint_io.check_room(self.output, self._modules["loss"])
         progress = {"step": self.step, "seconds": self.seconds, "history": self.history}
         config = OmegaConf.to_container(self.cfg, resolve=True)
         checkpoint = self._checkpoint(rng=GlobalRNGState(), progress=progress, config=config)
-        return checkpoint.save(self.output / "checkpoint")
+        with checkpoint_io.uninterrupted():
+            path = checkpoint.save(self.output / "checkpoint")
+            checkpoint_io.write_sizes(Path(path))
+        return path
 
-    def resume(self, path: str | None) -> None:
-        """Continues from a checkpoint of the same configuration.
-
-        Raises:
-            ValueError: if the checkpoint belongs to another configuration.
-        """
-        if path is None:
+    def resume(self) -> None:
+        """Continues from ``cfg.resume``, if there is one; see :func:`load_progress`."""
+        if self.cfg.resume is None:
             return
-        saved = Checkpoint(config={}, progress={})
-        saved.load(path)
-        for group in IDENTITY:
-            then, now = saved.components["config"][group], OmegaConf.to_object(self.cfg)[group]
-            if then != now:
-                raise ValueError(
-                    f"resume={path!r} belongs to another configuration: {group} was {then}, "
-                    f"this run has {now}."
-                )
-        self._checkpoint(rng=GlobalRNGState()).load(path, components=[*self._modules, "rng"])
-        progress = saved.components["progress"]
+        progress = load_progress(self.cfg)
+        checkpoint = self._checkpoint(rng=GlobalRNGState())
+        checkpoint.load(self.cfg.resume, components=[*self._modules, "rng"])
         self.step, self.history = progress["step"], progress["history"]
         self.seconds = progress.get("seconds")
 

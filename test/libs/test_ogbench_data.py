@@ -451,6 +451,23 @@ class TestReplay:
             data.transitions["next", "reward"].mean().item(), abs=1e-6
         )
 
+    @pytest.mark.parametrize(
+        "change, error, message",
+        [
+            (lambda q: q[:-1], ValueError, "'qpos' must have as many rows"),
+            (lambda q: q[:, 0], ValueError, r"'qpos' must have 2 dimension\(s\)"),
+            (lambda q: q.astype(str), TypeError, "'qpos' must be floating point"),
+            (lambda q: np.where(q == q[3], np.nan, q), ValueError, "'qpos' must be finite"),
+            (lambda q: np.tile(q, 3), ValueError, "is the file of another environment"),
+        ],
+    )
+    def test_bad_positions(self, make, folder, change, error, message):
+        raw = dict(np.load(folder / f"{FILE}.npz"))
+        raw["qpos"] = change(raw["qpos"])
+        np.savez(folder / f"{FILE}.npz", **raw)
+        with pytest.raises(error, match=message):
+            make()
+
     def test_observation_statistics(self, make, folder):
         raw = dict(np.load(folder / f"{FILE}.npz"))
         raw["observations"][:, 1] = 7.0  # a constant is left in its units

@@ -97,8 +97,9 @@ class TestKeys:
     def test_a_missing_key_is_named(self, next_action):
         loss = make_loss(next_action=next_action)
         for key in loss.in_keys:
-            with pytest.raises(KeyError, match=key if isinstance(key, str) else key[-1]):
+            with pytest.raises(KeyError) as error:
                 loss(make_batch(8).exclude(key))
+            assert f"EVORLoss needs {key!r} in its batch" in error.value.args[0]
 
     def test_unknown_key(self):
         with pytest.raises(ValueError, match="returns"):

@@ -119,6 +119,15 @@ class FlowPolicyLoss(LossModule):
     def in_keys(self, values: list[NestedKey]) -> None:
         self._in_keys = values
 
+    def _check_batch(self, tensordict: TensorDictBase) -> None:
+        """Names the missing key whole: TensorDict's own error names its last part."""
+        for key in self.in_keys:
+            if tensordict.get(key, None) is None:
+                raise KeyError(
+                    f"{type(self).__name__} needs {key!r} in its batch, got "
+                    f"{sorted(map(str, tensordict.keys(True, True)))}."
+                )
+
     @property
     def _actor_observation(self) -> NestedKey:
         return self.actor_network.in_keys[0]

@@ -178,6 +178,7 @@ class EVORLoss(FlowPolicyLoss):
             TensorDict: ``"loss_actor"``, ``"loss_value"`` and the mean
             ``"value_target"`` in reward units.
         """
+        self._check_batch(tensordict)
         loss_actor, _ = self.actor_loss(tensordict)
         loss_value, metadata = self.value_loss(tensordict)
         tensordict.set(self.tensor_keys.priority, metadata.pop("td_error"))

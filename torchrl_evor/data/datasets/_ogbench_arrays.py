@@ -190,6 +190,9 @@ def label_rewards(arrays: Mapping[str, np.ndarray], env_id: str, *, sparse: bool
 
     Returns:
         dict: ``"rewards"`` and ``"masks"``, float32 ``[R]``.
+
+    Raises:
+        ValueError: if an array has the wrong shape or holds NaN, or is of another environment.
     """
     if not _has_ogbench:
         raise ImportError("Rewards are computed by the ogbench package: pip install ogbench==1.2.2")
@@ -197,8 +200,22 @@ def label_rewards(arrays: Mapping[str, np.ndarray], env_id: str, *, sparse: bool
     import ogbench.relabel_utils
 
     arrays = dict(arrays)
+    num_rows = len(arrays["terminals"]) if "terminals" in arrays else len(arrays["qpos"])
+    _checked_floats(arrays, "qpos", 2, num_rows)
+    if "button_states" in arrays:
+        buttons = _read(arrays, "button_states", 2)
+        if len(buttons) != num_rows:
+            raise ValueError(f"'button_states' must have {num_rows} rows, got {len(buttons)}.")
     env = gymnasium.make(env_id, disable_env_checker=True)
     try:
+        with numpy_seed(0):
+            env.reset()
+        expected, width = env.unwrapped.model.nq, arrays["qpos"].shape[1]
+        if width != expected:
+            raise ValueError(
+                f"'qpos' must have the {expected} columns of {env_id}, got {width}: "
+                "is the file of another environment?"
+            )
         with numpy_seed(0):  # the reset that sets the task draws from numpy's global generator
             ogbench.relabel_utils.relabel_dataset(env_id, env, arrays)
     finally:

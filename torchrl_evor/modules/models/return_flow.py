@@ -205,6 +205,9 @@ class ReturnFlow(ReturnModel):
         See :meth:`ReturnModel.select` and :meth:`why_not_fused`.
         """
         check_choice("backend", backend, ("auto", "torch", "triton"))
+        check_positive("num_samples", num_samples)
+        check_temperature("tau_r", tau_r)
+        check_temperature("tau_q", tau_q)
         reason = self.why_not_fused(observation, candidates)
         if reason is not None:
             if backend == "triton":

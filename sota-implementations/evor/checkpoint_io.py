@@ -1,0 +1,85 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""What keeps a checkpoint whole: room on the disk, no interrupt half-way, sizes of its files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+SIZES = "sizes.json"
+
+
+def check_room(folder: Path, loss: torch.nn.Module) -> None:
+    """Raises before a checkpoint is begun that would not fit.
+
+    A full disk kills a process that writes to a mapped file, without an
+    exception. Parameters and Adam's two moments are counted, and a megabyte.
+    """
+    values = loss.state_dict().values()
+    needed = 3 * sum(v.nbytes for v in values if isinstance(v, torch.Tensor)) + 2**20
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the checkpoint needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free",
+            str(folder),
+        )
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts off an interrupt (Ctrl-C) until what is inside has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    received: list = []
+    before = signal.signal(signal.SIGINT, lambda *event: received.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if received:
+            signal.raise_signal(signal.SIGINT)
+
+
+def write_sizes(folder: Path) -> None:
+    """Records the sizes of all files of a checkpoint in it."""
+    content = json.dumps(_sizes(folder), indent=0)
+    partial = folder / f".{SIZES}.part"
+    partial.write_text(content)
+    os.replace(partial, folder / SIZES)
+
+
+def check_sizes(folder: Path) -> None:
+    """Raises if a file of a checkpoint is missing or was cut; mapped files would be regrown."""
+    recorded = folder / SIZES
+    if not recorded.exists():
+        raise ValueError(f"resume={str(folder)!r} has no {SIZES}: it was not written by evor.py.")
+    found = _sizes(folder)
+    for name, size in json.loads(recorded.read_text()).items():
+        if found.get(name) != size:
+            raise ValueError(
+                f"resume={str(folder)!r} is damaged: {name} must have {size} bytes, "
+                f"got {found.get(name, 'no file')}."
+            )
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in files
+        if SIZES not in path.name
+    }
