@@ -135,11 +135,14 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
     }
 
 
-def evaluate_all(cfg: DictConfig, files: list[Path], device, train_seconds: float) -> None:
-    """Evaluates agent files at every ``cfg.tau_rs`` in parallel processes and records the rows."""
+def evaluate_all(cfg: DictConfig, files: dict[Path, str], device, train_seconds: float) -> None:
+    """Evaluates agents, by file their method, in parallel processes and records the rows."""
     # A temperature of the reward-to-go says something to laws only.
-    taus = {path: cfg.tau_rs if "_evor_" in path.name else [math.inf] for path in files}
-    jobs = [(path, {**cfg.actor, "tau_r": float(tau)}) for path in files for tau in taus[path]]
+    jobs = [
+        (path, {**cfg.actor, "tau_r": float(tau)})
+        for path, method in files.items()
+        for tau in (cfg.tau_rs if method == "evor" else [math.inf])
+    ]
     processes = cfg.eval.processes or os.cpu_count()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:

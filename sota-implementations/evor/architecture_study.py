@@ -13,6 +13,7 @@ import math
 import statistics
 from pathlib import Path
 
+import figures
 import hydra
 import torch
 import value_study
@@ -135,10 +136,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.tight_layout()
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    partial = path.with_suffix(".part")
-    figure.savefig(partial, format="png", dpi=130, bbox_inches="tight")
-    partial.replace(path)
-    plt.close(figure)
+    figures.save(figure, path, dpi=130, bbox_inches="tight")
 
 
 @hydra.main(config_path=".", config_name="architecture_study", version_base="1.3")

@@ -23,9 +23,10 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font
 LEARNT, EMPIRICAL, PATH = "#c1440e", "#2b5c8a", "#c1440e"
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path, **options) -> None:
+    """Writes a PNG whole or not at all, and closes the figure."""
     partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=150, bbox_inches="tight", format="png")
+    figure.savefig(partial, format="png", **{"dpi": 150, **options})
     partial.replace(path)
     plt.close(figure)
 
@@ -45,7 +46,7 @@ def learning_curve(history: dict[str, list[dict]], path: Path) -> None:
     success.errorbar(steps, means, yerr=[below, above], marker="o", capsize=3, color=LEARNT)
     success.set(xlabel="updates", ylabel="success (95 % interval)", ylim=(-0.03, 1.03))
     success.set_xlim(left=0)
-    _save(figure, path)
+    save(figure, path, bbox_inches="tight")
 
 
 @torch.no_grad()
@@ -103,7 +104,7 @@ def reward_to_go(
     axes[0].set_ylabel("density")
     axes[0].legend(frameon=False)
     figure.suptitle("Reward-to-go at four states, from worst to best", y=1.04)
-    _save(figure, path)
+    save(figure, path, bbox_inches="tight")
 
 
 @torch.no_grad()
@@ -137,7 +138,7 @@ def maze(
     axis.set(aspect="equal")
     axis.axis("off")
     axis.set_title(f"{env_name}\nsuccess {rate:.2f} over {len(episodes)} episodes", fontsize=10)
-    _save(figure, path)
+    save(figure, path, bbox_inches="tight")
 
 
 def _draw_walls(axis, env_name: str) -> None:

@@ -158,6 +158,8 @@ class Program:
             method: TaskWindows(self.replays, settings, gamma, device)
             for method, settings in self.settings.items()
         }
+        # The same for all tasks, which share their data.
+        self.statistics = next(iter(self.replays.values())).observation_statistics()
         self.policy = self._make_policy()
         # Behaviour cloning is the base policy, which the losses of all others train.
         learning = [method for method in cfg.methods if method != "bc"]
@@ -181,29 +183,23 @@ class Program:
         """One base policy for each seed, shared by all methods and tasks."""
         windows = next(iter(self.windows.values()))
         observation_dim, action_dim = windows.observation.shape[-1], windows.action.shape[-1]
-        network = StackedVelocityMLP(
-            windows.num_seeds,
-            observation_dim + action_dim + 1,
-            action_dim,
-            hidden_sizes=self.cfg.hidden_sizes,
-        )
-        network.standardize_inputs_(*self._observation_statistics())
+        network = self._stack(windows.num_seeds, observation_dim + action_dim + 1, action_dim)
         return FlowMatchingPolicy(network, action_dim, self.cfg.policy_steps).to(self.device)
 
-    def _observation_statistics(self) -> tuple[Tensor, Tensor]:
-        """The same for all tasks, which share their data."""
-        return next(iter(self.replays.values())).observation_statistics()
+    def _stack(self, num_models: int, in_features: int, out_features: int = 1, layer_norm=False):
+        """Networks that start as if observations were standardised."""
+        options = {"hidden_sizes": self.cfg.hidden_sizes, "layer_norm": layer_norm}
+        network = StackedVelocityMLP(num_models, in_features, out_features, **options)
+        return network.standardize_inputs_(*self.statistics)
 
     def _make_loss(self, method: str) -> torch.nn.Module:
         """The loss of a method over its stack of value networks."""
         settings, windows = self.settings[method], self.windows[method]
         statistics = [self.replays[s.task].return_statistics(self.gamma) for s in settings]
         loc, scale = (torch.tensor(column) for column in zip(*statistics))
-        options = {"hidden_sizes": self.cfg.hidden_sizes, "layer_norm": True}
         features = windows.observation.shape[-1] + windows.action.shape[-1]
         if method == "evor":
-            network = StackedVelocityMLP(len(settings), features + 2, **options)
-            network.standardize_inputs_(*self._observation_statistics())
+            network = self._stack(len(settings), features + 2, layer_norm=True)
             returns = ReturnFlow(network, self.cfg.value_steps, loc=loc, scale=scale)
             loss = EVORLoss(
                 self.policy,
@@ -213,8 +209,7 @@ class Program:
                 reduction="none",
             )
             return loss.make_value_estimator(gamma=self.gamma)
-        network = StackedVelocityMLP(2 * len(settings), features, **options)
-        network.standardize_inputs_(*self._observation_statistics())
+        network = self._stack(2 * len(settings), features, layer_norm=True)
         critic = ScalarCritic(network, num_critics=2, loc=loc, scale=scale)
         if method == "scalar":
             loss = CriticLoss(self.policy, critic, next_action="dataset", reduction="none")
@@ -328,10 +323,11 @@ def main(cfg: DictConfig) -> None:
     seconds = train(cfg, programs)
     tqdm.write(f"{programs[0].num_updates} updates in {seconds:.0f} s")
     folder = Path(cfg.agents or output / "agents")
-    files = []
+    files = {}
     for program, method in itertools.product(programs, cfg.methods):
         for setting, agent in program.agents(method):
-            files.append(agents.save(folder, program.name, method, setting, agent, program))
+            path = agents.save(folder, program.name, method, setting, agent, program)
+            files[path] = method
     agents.evaluate_all(cfg, files, device, seconds)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import figures
 import hydra
 import studies
 import torch
@@ -65,10 +66,11 @@ def run(name: str, cfg: DictConfig, path: Path, device: torch.device) -> None:
     torch.manual_seed(cfg.seed)
     data = train_baseline.make_data(cfg)
     loss, actor, optimizer, updater = make_agent(cfg, data, device)
+    scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
     piece = OmegaConf.merge(cfg, {"optim": {"num_updates": cfg.eval.interval}})
     seconds = 0.0
     for update in range(cfg.eval.interval, cfg.optim.num_updates + 1, cfg.eval.interval):
-        seconds += train_baseline.train(piece, data, loss, optimizer, updater, device)
+        seconds += train_baseline.train(piece, data, loss, optimizer, scheduler, updater, device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             episodes = train_baseline.evaluate(cfg, actor, device)
         label = {
@@ -114,10 +116,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     axis.set_title(path.stem, fontsize=9)
     axis.legend(frameon=False, fontsize=7)
     figure.tight_layout()
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 @hydra.main(config_path=".", config_name="stitch_study", version_base="1.3")

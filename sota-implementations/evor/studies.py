@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import agents
+import figures
 import matplotlib
 import results_io
 import torch
@@ -96,29 +97,10 @@ def _load_agent(path: Path, device) -> Trained:
         actor = agents.load(path, device)
     except Exception as error:
         raise ValueError(f"checkpoint={str(path)!r} is no agent of many.py: {error!r}") from error
+    if content["method"] == "bc":
+        raise ValueError(f"checkpoint={str(path)!r} is a 'bc' agent, without a value to act by.")
     labels = {name: content[name] for name in ("env", "task", "method", "seed")}
     return Trained(actor.policy, actor.returns, **labels)
-
-
-class _Sizes:
-    """What ``utils.make_networks`` asks of a dataset; the units come with the checkpoint."""
-
-    def __init__(self, name: str) -> None:
-        env = OGBenchEnv(name)
-        self._row = TensorDict(
-            observation=env.observation_spec["observation"].zero(), action=env.action_spec.zero()
-        )
-        env.close()
-
-    def __getitem__(self, index) -> TensorDict:
-        return self._row
-
-    def return_statistics(self, gamma: float) -> tuple[float, float]:
-        return 0.0, 1.0
-
-    def observation_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        observation = self._row["observation"]
-        return torch.zeros_like(observation), torch.ones_like(observation)
 
 
 def _load_run(folder: Path, device) -> Trained:
@@ -126,8 +108,11 @@ def _load_run(folder: Path, device) -> Trained:
     try:
         saved.load(folder)
         cfg = OmegaConf.create(saved.components["config"])
-        name = utils.env_name(cfg)
-        policy, returns = utils.make_networks(cfg, _Sizes(name), torch.device("cpu"))
+        env = OGBenchEnv(utils.env_name(cfg))
+        sizes = env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1]
+        env.close()
+        # Units and weights come with the checkpoint.
+        policy, returns = utils.build_networks(cfg, *sizes)
         loss, _, _ = utils.make_loss(cfg, policy, returns)
         Checkpoint(loss=loss).load(folder, components=["loss"])
     except Exception as error:
@@ -310,10 +295,7 @@ def plot_success(
     seconds.set(ylabel=beside.replace("_", " "), yscale="log")
     figure.suptitle(path.stem, fontsize=9)
     figure.tight_layout()
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def needs_flow(trained: Trained, study: str) -> None:

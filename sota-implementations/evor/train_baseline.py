@@ -80,9 +80,8 @@ def make_agent(cfg: DictConfig, sizes: baselines.Sizes, device: torch.device):
     return loss, actor, optimizer, updater
 
 
-def train(cfg: DictConfig, data, loss, optimizer, updater, device: torch.device) -> float:
+def train(cfg: DictConfig, data, loss, optimizer, scheduler, updater, device) -> float:
     """All updates; returns the seconds that they took."""
-    scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
     compute_loss = torch.compile(loss) if cfg.compile else loss
     start = time.perf_counter()
     with tqdm(total=cfg.optim.num_updates, unit="update") as bar:
@@ -152,7 +151,8 @@ def main(cfg: DictConfig) -> None:
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     data = make_data(cfg)
     loss, actor, optimizer, updater = make_agent(cfg, make_sizes(cfg, data), device)
-    seconds = train(cfg, data, loss, optimizer, updater, device)
+    scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
+    seconds = train(cfg, data, loss, optimizer, scheduler, updater, device)
     partial = output / "loss.pt.part"
     torch.save(loss.state_dict(), partial)
     partial.replace(output / "loss.pt")

@@ -81,10 +81,7 @@ def check_config(cfg: DictConfig) -> None:
 
 def _check_options(cfg: DictConfig) -> None:
     """Builds networks, loss and actor on the smallest shapes, for the errors of their parts."""
-    for group in (cfg.policy, cfg.value):
-        VelocityMLP(1, hidden_sizes=group.hidden_sizes, device="meta")
-    policy = FlowMatchingPolicy(VelocityMLP(3, 1, hidden_sizes=(1,)), 1, cfg.policy.num_steps)
-    returns = ReturnFlow(VelocityMLP(4, hidden_sizes=(1,)), cfg.value.num_steps)
+    policy, returns = build_networks(cfg, observation_dim=1, action_dim=1)
     make_loss(cfg, policy, returns)
     make_actor(cfg, policy, returns)
 
@@ -135,9 +132,19 @@ def make_data(cfg: DictConfig) -> OGBenchExperienceReplay:
 
 
 def make_networks(cfg: DictConfig, data: OGBenchExperienceReplay, device: torch.device):
-    """Base policy and reward-to-go flow, with returns normalised by the data."""
+    """Base policy and reward-to-go flow, in the units of the data."""
     row = data[:1]
-    observation_dim, action_dim = row["observation"].shape[-1], row["action"].shape[-1]
+    policy, returns = build_networks(cfg, row["observation"].shape[-1], row["action"].shape[-1])
+    returns.set_normalization(*data.return_statistics(cfg.loss.gamma))
+    # Maze positions lie between 0 and 24: unstandardised, walls are hard to learn.
+    statistics = data.observation_statistics()
+    policy.module.velocity_network.standardize_inputs_(*statistics)
+    returns.velocity_network.standardize_inputs_(*statistics)
+    return policy.to(device), returns.to(device)
+
+
+def build_networks(cfg: DictConfig, observation_dim: int, action_dim: int):
+    """Base policy and reward-to-go flow of the configuration, untrained and without units."""
     policy = FlowMatchingPolicy(
         VelocityMLP(
             observation_dim + action_dim + 1, action_dim, hidden_sizes=cfg.policy.hidden_sizes
@@ -150,13 +157,7 @@ def make_networks(cfg: DictConfig, data: OGBenchExperienceReplay, device: torch.
         hidden_sizes=cfg.value.hidden_sizes,
         layer_norm=cfg.value.layer_norm,
     )
-    loc, scale = data.return_statistics(cfg.loss.gamma)
-    returns = ReturnFlow(network, cfg.value.num_steps, loc=loc, scale=scale)
-    # Maze positions lie between 0 and 24: unstandardised, walls are hard to learn.
-    statistics = data.observation_statistics()
-    policy.module.velocity_network.standardize_inputs_(*statistics)
-    network.standardize_inputs_(*statistics)
-    return policy.to(device), returns.to(device)
+    return policy, ReturnFlow(network, cfg.value.num_steps)
 
 
 def make_loss(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow):

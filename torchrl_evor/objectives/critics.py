@@ -131,6 +131,7 @@ class CriticLoss(FlowPolicyLoss):
             TensorDict: ``"loss_actor"``, ``"loss_qvalue"`` and the mean
             ``"value_target"`` in reward units.
         """
+        self._check_batch(tensordict)
         loss_actor, _ = self.actor_loss(tensordict)
         loss_qvalue, metadata = self.qvalue_loss(tensordict)
         tensordict.set(self.tensor_keys.priority, metadata.pop("td_error"))
