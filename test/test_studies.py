@@ -61,7 +61,11 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
     )
     setting = many_setting()
     cfg = SimpleNamespace(
-        hidden_sizes=[8], policy_steps=2, value_steps=2, data=SimpleNamespace(batch_size=4)
+        hidden_sizes=[8],
+        policy_steps=2,
+        value_steps=2,
+        value_solver="euler",
+        data=SimpleNamespace(batch_size=4),
     )
     windows = {method: SimpleNamespace(observation=torch.zeros(7, observation_dim))}
     program = SimpleNamespace(num_updates=3, windows=windows, cfg=cfg)

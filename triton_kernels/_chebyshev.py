@@ -25,6 +25,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ._steps import Steps
+
 __all__ = ["interpolated_flow", "ScalarVelocity"]
 
 # Degrees in z and in time of the polynomials, in the order in which they are tried.
@@ -250,12 +252,14 @@ class _Polynomial:
             return (basis * self.at_steps[:, steps, None]).sum(0)
         return (basis * self.at_steps.gather(1, steps.expand(basis.shape))).sum(0)
 
-    def path(self, noise: Tensor) -> Tensor:
-        """Euler steps of nodes ``[N, P]``, the start and the end included: ``[K + 1, N, P]``."""
-        path = noise.new_empty(self.at_steps.shape[1] + 1, *noise.shape)
-        path[0] = noise
-        for k in range(len(path) - 1):
-            torch.add(path[k], self.at(path[k], k), alpha=1 / (len(path) - 1), out=path[k + 1])
+    def path(self, noise: Tensor, steps: Steps) -> Tensor:
+        """Points of nodes ``[N, P]``, the start and the end included: ``[K + 1, N, P]``."""
+        path = noise.new_empty(steps.num + 1, *noise.shape)
+        path[0] = start = noise
+        for k in range(steps.num):
+            length = steps.length(k) / steps.num
+            torch.add(start, self.at(path[k], k), alpha=length, out=path[k + 1])
+            start = start if steps.is_half(k) else path[k + 1]
         return path
 
     def error(self, path: Tensor, velocity: ScalarVelocity | None) -> Tensor:
@@ -299,15 +303,15 @@ def _points(box: _Box, grid: _Grid, num_steps: int) -> tuple[Tensor, Tensor]:
     return torch.addcmul(box.centre, box.radius, grid.place.unsqueeze(1)), time
 
 
-def _run(velocity, noise: Tensor, box: _Box, num_steps: int, grids: list[_Grid]):
+def _run(velocity, noise: Tensor, box: _Box, steps: Steps, grids: list[_Grid]):
     """End points ``[N, P]`` and their relative errors ``[P]``, from a grid for each layer."""
     maps = tuple(
-        _map(grid.degrees, following.degrees, num_steps, box.centre.dtype)
+        _map(grid.degrees, following.degrees, steps.num, box.centre.dtype)
         for grid, following in zip(grids[:-1], grids[1:])
     )
-    values = velocity(*_points(box, grids[0], num_steps), maps)
+    values = velocity(*_points(box, grids[0], steps.num), maps)
     polynomial = _Polynomial(grids[-1], box, values)
-    path = polynomial.path(noise)
+    path = polynomial.path(noise, steps)
     return path[-1], _relative(polynomial.error(path, velocity), path[-1])
 
 
@@ -337,16 +341,16 @@ def _cheapest(ladder: _Ladder, layers: list[Tensor], most: float) -> list[int]:
 
 
 def _probe(
-    velocity, noise: Tensor, box: _Box, num_steps: int, tolerance: float, ladder: _Ladder
+    velocity, noise: Tensor, box: _Box, steps: Steps, tolerance: float, ladder: _Ladder
 ) -> tuple[Tensor, Tensor, list[_Grid]]:
     """End points of some candidates, their relative errors, and a grid for each layer.
 
     There are no grids if the largest one does not serve.
     """
     largest = ladder.grids[-1]
-    values, layers = velocity.layers(*_points(box, largest, num_steps))
+    values, layers = velocity.layers(*_points(box, largest, steps.num))
     polynomial = _Polynomial(largest, box, values)
-    path = polynomial.path(noise)
+    path = polynomial.path(noise, steps)
     error = _relative(polynomial.error(path, None), path[-1])
     if not error.square().mean().sqrt() <= tolerance:
         return path[-1], error, []
@@ -364,14 +368,14 @@ def _not_served(error: Tensor, tolerance: float) -> Tensor:
 
 
 def interpolated_flow(
-    velocity: ScalarVelocity, noise: Tensor, num_steps: int, tolerance: float
+    velocity: ScalarVelocity, noise: Tensor, steps: Steps, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """End points of the flows of some candidates, where interpolation is accurate.
 
     Args:
         velocity (ScalarVelocity): velocities of ``P`` candidates.
         noise (Tensor): start of the flow, ``[N, P]`` with at least one candidate.
-        num_steps (int): Euler steps.
+        steps (Steps): evaluations of the velocity.
         tolerance (float): root mean square, over the candidates that are kept, of their error
             relative to the size of their end points.
 
@@ -381,16 +385,16 @@ def interpolated_flow(
     """
     candidates = noise.shape[1]
     index = torch.arange(candidates)
-    ladder = _ladder(len(noise), num_steps, noise.dtype)
+    ladder = _ladder(len(noise), steps.num, noise.dtype)
     if ladder is None:
         return noise.clone(), index
     is_probe = index % max(1, (candidates + 1) // 2) == 0
     probe, rest = index[is_probe], index[~is_probe]
     z, error = noise.clone(), noise.new_full((candidates,), math.inf)
-    box = _box(velocity, noise, num_steps)
+    box = _box(velocity, noise, steps.num)
 
     def some(index):
-        return velocity.subset(index), noise[:, index], box.subset(index), num_steps
+        return velocity.subset(index), noise[:, index], box.subset(index), steps
 
     z[:, probe], error[probe], grids = _probe(*some(probe), tolerance, ladder)
     if grids and len(rest):

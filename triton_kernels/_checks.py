@@ -22,10 +22,13 @@ __all__ = [
     "check_temperatures",
     "check_tensors",
     "Precision",
+    "Solver",
 ]
 
+Solver = Literal["euler", "midpoint"]
 Backend = Literal["auto", "torch", "triton", "triton_layered", "triton_loop"]
 Precision = Literal["fp16", "bf16", "tf32", "tf32x3", "ieee"]
+SOLVERS = ("euler", "midpoint")
 BACKENDS = ("auto", "torch", "triton", "triton_layered", "triton_loop")
 PRECISIONS = ("fp16", "bf16", "tf32", "tf32x3", "ieee")
 
@@ -121,9 +124,15 @@ def check_kinds(tensors: list[Tensor | None], named: dict[str, Tensor | None]) -
         )
 
 
-def check_options(num_steps: int, backend: str, precision: str | None, tolerance: float) -> None:
+def check_options(
+    num_steps: int, solver: str, backend: str, precision: str | None, tolerance: float
+) -> None:
     if not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps}.")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}.")
+    if solver == "midpoint" and num_steps % 2:
+        raise ValueError(f"num_steps must be even for solver='midpoint', got {num_steps}.")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
     if precision is not None and precision not in PRECISIONS:

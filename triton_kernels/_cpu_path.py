@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._chebyshev import interpolated_flow
+from ._steps import Steps
 from ._torch_path import activate, base_of
 from .packing import FoldedVelocity
 
@@ -212,15 +213,16 @@ def _velocities(weights: CPUWeights, observation: Tensor, action: Tensor, num_no
             yield chunk, _OneState(weights, biases[state], action[state, start:stop])
 
 
-def _euler(velocity, noise: Tensor, num_steps: int, size: int) -> Tensor:
+def _integrate(velocity, noise: Tensor, steps: Steps, size: int) -> Tensor:
     """End points from ``noise`` ``[N, P]``, for ``size`` candidates at a time."""
     parts = []
-    for start in range(0, noise.shape[1], size):
-        chunk = slice(start, start + size)
+    for first in range(0, noise.shape[1], size):
+        chunk = slice(first, first + size)
         whole = size >= noise.shape[1]
-        some, z = velocity if whole else velocity.subset(chunk), noise[:, chunk]
-        for k in range(num_steps):
-            z = z + some(z, k / num_steps) / num_steps
+        some = velocity if whole else velocity.subset(chunk)
+        start = z = noise[:, chunk]
+        for k in range(steps.num):
+            start, z = steps.move(start, some(z, k / steps.num), k)
         parts.append(z)
     return torch.cat(parts, 1)
 
@@ -230,7 +232,7 @@ def cpu_sample(
     observation: Tensor,
     action: Tensor,
     noise: Tensor,
-    num_steps: int,
+    steps: Steps,
     tolerance: float = 0.0,
 ) -> Tensor:
     """End points of the flow.
@@ -240,7 +242,7 @@ def cpu_sample(
         observation (Tensor): ``[S, obs]``.
         action (Tensor): ``[S, P, act]``.
         noise (Tensor): ``[N]`` or ``[S, P, N]``.
-        num_steps (int): Euler steps.
+        steps (Steps): evaluations of the velocity.
         tolerance (float): relative error up to which the velocity may be interpolated; 0 evaluates
             it at every node and step.
 
@@ -254,11 +256,11 @@ def cpu_sample(
     for chunk, velocity in _velocities(weights, observation, action, shape[-1]):
         start = noise[:, chunk].contiguous()
         if tolerance == 0:
-            z[chunk] = _euler(velocity, start, num_steps, size).t()
+            z[chunk] = _integrate(velocity, start, steps, size).t()
             continue
-        ends, left = interpolated_flow(velocity, start, num_steps, tolerance)
+        ends, left = interpolated_flow(velocity, start, steps, tolerance)
         if len(left):
             some = velocity if len(left) == len(z[chunk]) else velocity.subset(left)
-            ends[:, left] = _euler(some, start[:, left], num_steps, size)
+            ends[:, left] = _integrate(some, start[:, left], steps, size)
         z[chunk] = ends.t()
     return z.view(shape)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._cpu_path import cpu_sample, cpu_weights
+from ._steps import Steps
 from ._torch_path import folded_sample
 from .packing import FrozenVelocity, fold
 from .reference import choose_candidate, philox_gumbel, philox_normal, q_star
@@ -103,7 +104,7 @@ def _resolve_precision(precision: str, dtype: torch.dtype) -> str:
 
 
 def _triton_z(
-    packed, tensors, eps, activation, observation, action, draws, num_steps, backend, precision
+    packed, tensors, eps, activation, observation, action, draws, steps, backend, precision
 ):
     # The kernels' module imports triton, which is optional.
     from . import _config, _launch
@@ -125,7 +126,7 @@ def _triton_z(
         action.contiguous(),
         noise.contiguous().view(-1),
         draws.num_nodes,
-        num_steps=num_steps,
+        steps=steps,
         activation=activation,
         eps=eps,
         precision=precision,
@@ -154,8 +155,8 @@ def _widths(tensors: list[Tensor | None], eps: float) -> tuple[int, ...]:
     return tuple(tensor.shape[0] for tensor in tensors[: 2 * num_linear - 2 : 2])
 
 
-def _torch_z(packed, tensors, eps, activation, observation, action, draws, num_steps, tolerance):
-    reads = (observation, action, draws.tensor(action), num_steps)
+def _torch_z(packed, tensors, eps, activation, observation, action, draws, steps, tolerance):
+    reads = (observation, action, draws.tensor(action), steps)
     if action.is_cpu and action.dtype in (torch.float32, torch.float64):
         weights = _cached(
             packed,
@@ -175,7 +176,7 @@ def _sample(
     tensors: list[Tensor | None],
     activation: str,
     eps: float,
-    num_steps: int,
+    steps: Steps,
     backend: str,
     precision: str,
     tolerance: float,
@@ -183,7 +184,7 @@ def _sample(
     """End points ``[S, P, N]`` on a resolved backend; ``packed`` may hold a cache."""
     if action.shape[0] == 0:
         return action.new_empty(draws.shape(action), dtype=value_dtype(action))
-    reads = (packed, tensors, eps, activation, observation, action, draws, num_steps)
+    reads = (packed, tensors, eps, activation, observation, action, draws, steps)
     if backend == "torch":
         return _torch_z(*reads, tolerance)
     return _triton_z(*reads, backend, precision)
@@ -200,13 +201,15 @@ def sample(
     activation,
     eps,
     num_steps,
+    solver,
     backend,
     precision,
     tolerance,
 ):
     draws = Draws(noise, seed, num_nodes)
     backend = _resolve_backend(backend, tensors, eps, action, draws, precision)
-    sampler = (tensors, activation, eps, num_steps, backend, precision, tolerance)
+    steps = Steps(num_steps, solver)
+    sampler = (tensors, activation, eps, steps, backend, precision, tolerance)
     return _sample(packed, observation, action, draws, *sampler)
 
 
@@ -239,6 +242,7 @@ def select(
     activation: str,
     eps: float,
     num_steps: int,
+    solver: str,
     tau_r: float,
     tau_q: float,
     return_samples: bool,
@@ -248,7 +252,8 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     draws = Draws(noise, seed, num_nodes)
     backend = _resolve_backend(backend, tensors, eps, action, draws, precision)
-    sampler = (tensors, activation, eps, num_steps, backend, precision, tolerance)
+    steps = Steps(num_steps, solver)
+    sampler = (tensors, activation, eps, steps, backend, precision, tolerance)
     z = _sample(packed, observation, action, draws, *sampler)
     on_device = _selects_on_device(z, backend)
     if tau_q > 0 and gumbel is None:

@@ -139,6 +139,7 @@ def _first_kernel(
     PAD: tl.constexpr,
     PARTS: tl.constexpr,
     STAGE: tl.constexpr,  # 0: z is the noise; 1: z moves by one step; 2: the same, then nothing
+    KEEP: tl.constexpr,  # whether the next evaluation starts from here (not amid a midpoint step)
     NOISE: tl.constexpr,
     LAYER_NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -163,7 +164,8 @@ def _first_kernel(
             mean, rstd = _row_norm(head_stat_ptr, local, padded, inv_last_width, eps, PARTS)
             velocity = rstd * (velocity - mean * tl.load(head_sum_ptr))
         z += step * (velocity + tl.load(head_bias_ptr))
-    tl.store(z_ptr + rows, z, live)
+    if KEEP:
+        tl.store(z_ptr + rows, z, live)
     if STAGE < 2:
         candidate = tl.minimum(rows, last_row - 1) // num_nodes
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -290,6 +292,7 @@ def _loop_kernel(
     step,
     PAD: tl.constexpr,
     HIDDEN: tl.constexpr,
+    MIDPOINT: tl.constexpr,
     NOISE: tl.constexpr,
     LAYER_NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -305,7 +308,8 @@ def _loop_kernel(
         rows = tile * BLOCK_M + lanes
         live = rows < num_rows
         candidate = tl.minimum(rows, num_rows - 1) // num_nodes
-        z = _start(noise_ptr, rows, live, num_nodes, NOISE)
+        origin = _start(noise_ptr, rows, live, num_nodes, NOISE)
+        z = origin
         for k in range(num_steps):
             mean = tl.zeros([BLOCK_M], tl.float32)
             rstd = tl.zeros([BLOCK_M], tl.float32)
@@ -376,5 +380,11 @@ def _loop_kernel(
                 variance = tl.sum(g * g, 1) * inv_width - mean * mean
                 rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
                 velocity = rstd * (velocity - mean * tl.load(sum_ptr + HIDDEN * PAD))
-            z += step * (velocity + tl.load(bias_ptr + HIDDEN * PAD))
+            velocity += tl.load(bias_ptr + HIDDEN * PAD)
+            if MIDPOINT:
+                # Half a step leads to the velocity that then carries the whole one.
+                z = origin + (1 + k % 2) * step * velocity
+                origin = tl.where(k % 2 == 1, z, origin)
+            else:
+                z += step * velocity
         tl.store(z_ptr + rows, z, live)

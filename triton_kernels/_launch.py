@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _evor_select as kernels
 from ._select_kernel import _select_kernel
+from ._steps import Steps
 from .packing import split_tensors
 
 __all__ = ["LayerConfig", "LoopConfig", "pack_weights", "sample_z", "select", "TritonWeights"]
@@ -150,7 +151,7 @@ class _Sampler(NamedTuple):
     noise: Tensor  # [R], [N] or the seed, [2] int64
     z: Tensor  # [R]
     num_nodes: int
-    num_steps: int
+    steps: Steps
     activation: str
     eps: float  # negative without LayerNorm
     precision: str
@@ -182,8 +183,9 @@ def _layered_chunk(s: _Sampler, config: LayerConfig, first_row: int, last_row: i
         common["launch_pdl"] = True
     depth = len(w.widths)
     first_m = 8 if padded < 8192 else 16
-    for k in range(s.num_steps + 1):
-        stage = 0 if k == 0 else (1 if k < s.num_steps else 2)
+    for k in range(s.steps.num + 1):
+        stage = 0 if k == 0 else (1 if k < s.steps.num else 2)
+        before = max(k - 1, 0)  # the evaluation whose velocity is added
         kernels._first_kernel[(padded // first_m,)](
             s.noise,
             s.z,
@@ -203,11 +205,12 @@ def _layered_chunk(s: _Sampler, config: LayerConfig, first_row: int, last_row: i
             w.widths[0],
             1.0 / w.widths[-1],
             s.eps,
-            k / max(s.num_steps, 1),
-            1.0 / max(s.num_steps, 1),
+            k / s.steps.num,
+            s.steps.length(before) / s.steps.num,
             PAD=w.pad,
             PARTS=parts,
             STAGE=stage,
+            KEEP=k == 0 or not s.steps.is_half(before),
             NOISE=s.noise_kind,
             BLOCK_M=first_m,
             BLOCK_K=min(128, w.pad) if w.pad % 128 == 0 or w.pad < 128 else 64,
@@ -271,12 +274,13 @@ def _loop(s: _Sampler, config: LoopConfig, programs: int) -> None:
         rows,
         s.num_nodes,
         w.widths[0],
-        s.num_steps,
+        s.steps.num,
         1.0 / w.widths[0],
         s.eps,
-        1.0 / max(s.num_steps, 1),
+        1.0 / s.steps.num,
         PAD=w.pad,
         HIDDEN=w.hidden.shape[0],
+        MIDPOINT=s.steps.solver == "midpoint",
         NOISE=s.noise_kind,
         LAYER_NORM=s.layer_norm,
         ACTIVATION=s.activation,
@@ -295,7 +299,7 @@ def sample_z(
     noise: Tensor,
     num_nodes: int,
     *,
-    num_steps: int,
+    steps: Steps,
     activation: str,
     eps: float,
     precision: str,
@@ -313,7 +317,7 @@ def sample_z(
         num_nodes (int): ``N``.
 
     Keyword Args:
-        num_steps (int): Euler steps.
+        steps (Steps): evaluations of the velocity.
         activation (str): name of the activation.
         eps (float): epsilon of the LayerNorms, negative where there are none.
         precision (str): key of ``OPERANDS``.
@@ -327,7 +331,7 @@ def sample_z(
     with device_guard(z):
         base = first_layer_base(weights, observation, action)
         sampler = _Sampler(
-            weights, base, noise, z.view(-1), num_nodes, num_steps, activation, eps, precision
+            weights, base, noise, z.view(-1), num_nodes, steps, activation, eps, precision
         )
         if isinstance(config, LayerConfig):
             _layered(sampler, config)

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._steps import Steps
 from .packing import FoldedVelocity
 
 __all__ = ["activate", "folded_sample"]
+
+# Activations in flight: large enough for the widest device, about four of them are alive.
+_CHUNK_BYTES = 2**28
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -44,7 +48,7 @@ def folded_sample(
     observation: Tensor,
     action: Tensor,
     noise: Tensor,
-    num_steps: int,
+    steps: Steps,
 ) -> Tensor:
     """End points of the flow.
 
@@ -56,18 +60,28 @@ def folded_sample(
         observation (Tensor): ``[S, obs]``.
         action (Tensor): ``[S, P, act]``.
         noise (Tensor): ``[N]`` or ``[S, P, N]``.
-        num_steps (int): Euler steps.
+        steps (Steps): evaluations of the velocity.
 
     Returns:
         Tensor: ``[S, P, N]``.
     """
-    base = base_of(folded, observation, action).unsqueeze(2)
+    num_nodes = noise.shape[-1]
+    base = base_of(folded, observation, action).flatten(0, 1)
     # Half-precision networks are integrated in float32.
     wide = torch.promote_types(base.dtype, torch.float32)
-    z = noise.to(wide).expand(*action.shape[:2], noise.shape[-1])
-    for k in range(num_steps):
-        x = base + z.unsqueeze(-1) * folded.first_z + (k / num_steps) * folded.first_t
-        for index in range(len(folded.weights)):
-            x = _next_layer(activate(x, activation), folded, index, eps)
-        z = z + x.squeeze(-1) / num_steps
-    return z
+    noise = noise.to(wide).expand(*action.shape[:2], num_nodes).flatten(0, 1)
+
+    def ends(base: Tensor, start: Tensor) -> Tensor:
+        z, base = start, base.unsqueeze(1)
+        for k in range(steps.num):
+            x = base + z.unsqueeze(-1) * folded.first_z + (k / steps.num) * folded.first_t
+            for index in range(len(folded.weights)):
+                x = _next_layer(activate(x, activation), folded, index, eps)
+            start, z = steps.move(start, x.squeeze(-1), k)
+        return z
+
+    widest = max(bias.shape[0] for bias in (folded.first_bias, *folded.biases))
+    size = max(1, _CHUNK_BYTES // (num_nodes * widest * base.element_size()))
+    # Pairs of state and candidate in pieces, so that memory does not grow with their number.
+    pieces = [ends(*pair) for pair in zip(base.split(size), noise.split(size))]
+    return torch.cat(pieces).view(*action.shape[:2], num_nodes)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ._checks import (
     Backend,
     Precision,
+    Solver,
     check_draws,
     check_kinds,
     check_optional,
@@ -33,12 +34,13 @@ __all__ = [
     "PackedVelocity",
     "Precision",
     "sample_returns",
+    "Solver",
     "why_no_triton",
     "why_not_packable",
 ]
 
 _READS = "Tensor observation, Tensor action, Tensor? noise, Tensor? seed, int num_nodes"
-_SAMPLER = "Tensor?[] tensors, str activation, float eps, int num_steps"
+_SAMPLER = "Tensor?[] tensors, str activation, float eps, int num_steps, str solver"
 _OPTIONS = "str backend, str precision, float tolerance"
 
 
@@ -101,6 +103,7 @@ def sample_returns(
     noise: Tensor | None,
     num_steps: int,
     *,
+    solver: Solver = "euler",
     seed: Tensor | None = None,
     num_samples: int | None = None,
     backend: Backend = "auto",
@@ -115,9 +118,11 @@ def sample_returns(
         action (Tensor): candidates, ``[*B, P, act]``.
         noise (Tensor, optional): start of the flow, ``[*B, P, N]``, or ``[N]`` shared by all
             candidates. ``None`` draws it from ``seed``.
-        num_steps (int): Euler steps on left end points ``k / num_steps``.
+        num_steps (int): evaluations of the velocity, at flow times ``k / num_steps``.
 
     Keyword Args:
+        solver (str): ``"euler"``, a step for each evaluation, or ``"midpoint"``, a step for two,
+            which wants an even ``num_steps``. Defaults to ``"euler"``.
         seed (Tensor, optional): int64 ``[2]`` on the device of the parameters, a seed and the
             number of the call: normal noise ``[*B, P, num_samples]`` is drawn from it inside the
             kernels, on other backends by
@@ -161,7 +166,7 @@ def sample_returns(
     num_nodes = check_draws(action, noise, seed, num_samples)
     check_seed_is_read(seed, "" if noise is None else "noise")
     check_kinds(tensors, {"observation": observation, "action": action, "noise": noise})
-    check_options(num_steps, backend, precision, tolerance)
+    check_options(num_steps, solver, backend, precision, tolerance)
     reads = (
         observation.reshape(-1, observation.shape[-1]),
         action.reshape(-1, *action.shape[-2:]),
@@ -172,6 +177,7 @@ def sample_returns(
         packed.activation,
         packed.eps,
         num_steps,
+        solver,
         backend,
         precision or "",
         float(tolerance),
@@ -191,6 +197,7 @@ def evor_select(
     tau_r: float,
     tau_q: float = 0.0,
     num_steps: int,
+    solver: Solver = "euler",
     loc: float | Tensor = 0.0,
     scale: float | Tensor = 1.0,
     log_weights: Tensor | None = None,
@@ -221,7 +228,8 @@ def evor_select(
             0 is the maximum, inf the mean.
         tau_q (float): temperature of the choice in reward units, in ``[0, inf)``: 0 is the argmax,
             lowest index on ties.
-        num_steps (int): Euler steps.
+        num_steps (int): as in :func:`sample_returns`.
+        solver (str): as in :func:`sample_returns`.
         loc (float or Tensor): ``return = loc + scale * z``.
         scale (float or Tensor): see ``loc``.
         log_weights (Tensor, optional): ``[N]``, logarithms of node weights that sum to one.
@@ -268,7 +276,7 @@ def evor_select(
     num_nodes = check_draws(action, noise, seed, num_samples)
     check_optional("gumbel", gumbel, tuple(action.shape[:-1]))
     check_optional("log_weights", log_weights, (num_nodes,))
-    check_options(num_steps, backend, precision, tolerance)
+    check_options(num_steps, solver, backend, precision, tolerance)
     check_temperatures(tau_r, tau_q, gumbel, seed)
     drawn = noise is None or (tau_q > 0 and gumbel is None)
     check_seed_is_read(seed, "" if drawn else "all noise that is read")
@@ -290,6 +298,7 @@ def evor_select(
         packed.activation,
         packed.eps,
         num_steps,
+        solver,
         float(tau_r),
         float(tau_q),
         return_samples,

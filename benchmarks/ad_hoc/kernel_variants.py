@@ -34,6 +34,7 @@ from torchrl_evor.triton_kernels import (  # noqa: E402
     pack_velocity_mlp,
     philox_normal,
 )
+from torchrl_evor.triton_kernels._steps import Steps  # noqa: E402
 from torchrl_evor.triton_kernels._torch_path import folded_sample  # noqa: E402
 from torchrl_evor.triton_kernels.packing import fold  # noqa: E402
 from torchrl_evor.triton_kernels.reference import (  # noqa: E402
@@ -128,7 +129,7 @@ def folded(problem: Problem, precision: str, fresh: bool):
 
     def call(observation, action, noise, gumbel):
         weights = fold(packed.tensors(), packed.layer_norm, dtype) if fresh else kept
-        reads = observation, action, noise, problem.steps
+        reads = observation, action, noise, Steps(problem.steps, "euler")
         z = folded_sample(weights, "gelu_tanh", packed.eps, *reads)
         q = torch.logsumexp(z, -1) - math.log(z.shape[-1])
         index = (q / 0.5 + gumbel).argmax(-1, keepdim=True)

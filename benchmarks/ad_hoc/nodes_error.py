@@ -21,12 +21,11 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torchrl_evor import ReturnFlow, VelocityMLP
-from torchrl_evor.modules.functional import log_mean_exp, stratified_normal
+from torchrl_evor.modules.functional import gauss_hermite_normal, log_mean_exp, stratified_normal
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TAUS = (0.1, 0.3, 1.0, math.inf)  # in deviations of the law
@@ -131,9 +130,8 @@ def make_nodes(kind: str, number: int, shape: tuple[int, ...], generator) -> tup
     if kind == "jittered":
         place = torch.arange(number) + torch.rand(*shape, number, generator=generator).double()
         return torch.special.ndtri((place / number).clamp(1e-12, 1 - 1e-12)), None
-    points, weights = np.polynomial.hermite_e.hermegauss(number)
-    noise = torch.from_numpy(points).expand(*shape, number)
-    return noise, torch.from_numpy(weights / weights.sum()).clamp_min(1e-300).log()
+    noise, log_weights = gauss_hermite_normal(number, dtype=torch.float64)
+    return noise.expand(*shape, number), log_weights
 
 
 def rms(x: Tensor) -> float:

@@ -56,6 +56,7 @@ def save(folder: Path, env: str, method: str, setting, agent: Agent, program) ->
         "hidden_sizes": list(program.cfg.hidden_sizes),
         "policy_steps": program.cfg.policy_steps,
         "value_steps": program.cfg.value_steps,
+        "value_solver": program.cfg.value_solver,
         "batch_size": program.cfg.data.batch_size,
         "loc": agent.loc,
         "scale": agent.scale,
@@ -90,7 +91,8 @@ def load(path: Path, device: torch.device | str = "cpu", **actor_options):
         return policy.to(device)
     units = {"loc": content["loc"], "scale": content["scale"]}
     if content["method"] == "evor":
-        returns = ReturnFlow(members[0], content["value_steps"], **units)
+        steps, solver = content["value_steps"], content["value_solver"]
+        returns = ReturnFlow(members[0], steps, solver=solver, **units)
     else:
         network = StackedVelocityMLP.from_models(members)
         returns = ScalarCritic(network, num_critics=len(members), **units)

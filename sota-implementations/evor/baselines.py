@@ -50,6 +50,7 @@ class Sizes:
     hidden_sizes: Sequence[int] = (256, 256, 256)
     num_steps: int = 10
     value_steps: int = 10
+    value_solver: str = "euler"
     observation_statistics: tuple[Tensor, Tensor] | None = None
     layer_norm: bool = True
     loc: float = 0.0
@@ -85,7 +86,8 @@ class Sizes:
     def returns(self) -> ReturnFlow:
         """Reward-to-go flow."""
         network = self.value(self.inputs + 2)
-        return ReturnFlow(network, self.value_steps, loc=self.loc, scale=self.scale)
+        units = {"loc": self.loc, "scale": self.scale}
+        return ReturnFlow(network, self.value_steps, solver=self.value_solver, **units)
 
     def critic(self, kind: str) -> Critic:
         """Single critic of policy evaluation."""

@@ -200,7 +200,8 @@ class Program:
         features = windows.observation.shape[-1] + windows.action.shape[-1]
         if method == "evor":
             network = self._stack(len(settings), features + 2, layer_norm=True)
-            returns = ReturnFlow(network, self.cfg.value_steps, loc=loc, scale=scale)
+            steps, solver = self.cfg.value_steps, self.cfg.value_solver
+            returns = ReturnFlow(network, steps, solver=solver, loc=loc, scale=scale)
             loss = EVORLoss(
                 self.policy,
                 returns,

@@ -52,6 +52,7 @@ def make_sizes(cfg: DictConfig, data: OGBenchExperienceReplay) -> baselines.Size
         hidden_sizes=cfg.value.hidden_sizes,
         num_steps=cfg.policy.num_steps,
         value_steps=cfg.value.num_steps,
+        value_solver=cfg.value.solver,
         observation_statistics=data.observation_statistics(),
         layer_norm=cfg.value.layer_norm,
         loc=loc,

@@ -157,7 +157,7 @@ def build_networks(cfg: DictConfig, observation_dim: int, action_dim: int):
         hidden_sizes=cfg.value.hidden_sizes,
         layer_norm=cfg.value.layer_norm,
     )
-    return policy, ReturnFlow(network, cfg.value.num_steps)
+    return policy, ReturnFlow(network, cfg.value.num_steps, solver=cfg.value.solver)
 
 
 def make_loss(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow):

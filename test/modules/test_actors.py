@@ -162,7 +162,7 @@ class TestCandidates:
         )
         torch.testing.assert_close(data["candidate_values"], expected)
 
-    @pytest.mark.parametrize("nodes", ["stratified", "random"])
+    @pytest.mark.parametrize("nodes", ["stratified", "gauss_hermite", "random"])
     def test_nodes(self, nodes):
         """Equal candidates have equal values on shared quantiles, and not on random nodes."""
         actor = make_actor(nodes=nodes, return_candidates=True)
@@ -170,7 +170,7 @@ class TestCandidates:
             lambda observation: torch.zeros_like(observation), ["observation"], ["action"]
         )
         values = actor(observations(4))["candidate_values"]
-        assert (values == values[:, :1]).all() == (nodes == "stratified")
+        assert (values == values[:, :1]).all() == (nodes != "random")
 
 
 class TestAnyPolicy:

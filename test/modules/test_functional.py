@@ -15,8 +15,10 @@ from torchrl_evor.modules.functional import (
     bellman_target,
     check_choice,
     check_positive,
+    check_solver,
     check_temperature,
-    euler_integrate,
+    gauss_hermite_normal,
+    integrate,
     interpolate,
     log_mean_exp,
     stratified_normal,
@@ -42,13 +44,35 @@ class TestPath:
 
     def test_euler_uses_left_end_points(self):
         seen = []
-        z = euler_integrate(lambda z, t: seen.append(t) or 2 * t, torch.zeros(2, 1), 4)
+        z = integrate(lambda z, t: seen.append(t) or 2 * t, torch.zeros(2, 1), 4)
         assert [t[0].item() for t in seen] == [0.0, 0.25, 0.5, 0.75]
         assert (z == 0.75).all()  # 2 * (0 + 1/4 + 1/2 + 3/4) / 4
 
     def test_euler_compounds(self):
-        z = euler_integrate(lambda z, t: z, torch.full((1,), 4.0), 2)
+        z = integrate(lambda z, t: z, torch.full((1,), 4.0), 2)
         assert z.item() == 9.0  # 4 * (1 + 1/2)^2
+
+    def test_midpoint_by_hand(self):
+        seen = []
+        z = integrate(lambda z, t: seen.append(t) or 2 * t, torch.zeros(2, 1), 4, "midpoint")
+        assert [t[0].item() for t in seen] == [0.0, 0.25, 0.5, 0.75]
+        assert (z == 1.0).all()  # 2 * (1/4 + 3/4) / 2, exact
+        z = integrate(lambda z, t: z, torch.full((1,), 4.0), 2, "midpoint")
+        assert z.item() == 10.0  # 4 * (1 + 1 + 1/2)
+
+    def test_midpoint_is_of_second_order(self):
+        errors = [
+            abs(integrate(lambda z, t: z, torch.ones(1).double(), 2 * steps, "midpoint") - math.e)
+            for steps in (10, 20)
+        ]
+        assert (errors[0] / errors[1]).item() == pytest.approx(4, rel=0.1)
+
+    def test_solver_is_checked(self):
+        assert check_solver("euler", 3) == "euler"
+        with pytest.raises(ValueError, match="solver must be one of .*'midpoint'.*, got 'heun'"):
+            check_solver("heun", 4)
+        with pytest.raises(ValueError, match="num_steps must be even .*midpoint.*, got 3"):
+            check_solver("midpoint", 3)
 
     @pytest.mark.parametrize("batch", [(), (0,), (2, 3)])
     def test_euler_shapes(self, batch):
@@ -56,7 +80,7 @@ class TestPath:
             assert time.shape == (*batch, 1)
             return z
 
-        assert euler_integrate(velocity, torch.zeros(*batch, 5), 3).shape == (*batch, 5)
+        assert integrate(velocity, torch.zeros(*batch, 5), 3).shape == (*batch, 5)
 
 
 class TestLogMeanExp:
@@ -143,6 +167,39 @@ class TestStratifiedNormal:
         nodes = stratified_normal(1000, dtype=torch.float64)
         assert nodes.mean().item() == pytest.approx(0, abs=1e-12)
         assert nodes.square().mean().item() == pytest.approx(1, abs=5e-3)
+
+
+class TestGaussHermite:
+    def test_three_nodes_by_hand(self):
+        """The roots of x^3 - 3x and their weights 1/6, 2/3, 1/6."""
+        nodes, log_weights = gauss_hermite_normal(3, dtype=torch.float64)
+        root = math.sqrt(3)
+        torch.testing.assert_close(nodes, torch.tensor([-root, 0, root], dtype=torch.float64))
+        expected = torch.tensor([1 / 6, 2 / 3, 1 / 6], dtype=torch.float64)
+        torch.testing.assert_close(log_weights.exp(), expected)
+
+    @pytest.mark.parametrize("num_nodes", [1, 2, 8, 64, 256])
+    def test_moments_are_exact(self, num_nodes):
+        """E x^2k = 1 * 3 * ... * (2k - 1) below degree 2N, and odd moments vanish."""
+        nodes, log_weights = gauss_hermite_normal(num_nodes, dtype=torch.float64)
+        for k in range(min(num_nodes, 10)):
+            moment = (log_weights.exp() * nodes ** (2 * k)).sum().item()
+            assert moment == pytest.approx(math.prod(range(1, 2 * k, 2)), rel=1e-10)
+        assert torch.equal(nodes, -nodes.flip(0)) and (nodes.diff() > 0).all()
+
+    def test_weights_keep_their_digits_in_the_tail(self):
+        """log E exp(s x) = s^2 / 2 rests on the outermost nodes, of weights of 1e-20 and less."""
+        nodes, log_weights = gauss_hermite_normal(64, dtype=torch.float64)
+        for s in (1.0, 4.0, 8.0):
+            value = torch.logsumexp(s * nodes + log_weights, 0).item()
+            assert value == pytest.approx(s * s / 2, rel=1e-9)
+
+    def test_what_is_kept_follows_dtype_and_inference_mode(self):
+        with torch.inference_mode():
+            nodes, _ = gauss_hermite_normal(5, dtype=torch.float16)
+        assert nodes.dtype == torch.float16 and not nodes.is_inference()
+        assert gauss_hermite_normal(5)[0].dtype == torch.float32
+        assert gauss_hermite_normal(5)[0] is gauss_hermite_normal(5)[0]
 
 
 HAND = {

@@ -20,8 +20,13 @@ INF = float("inf")
 
 def gaussian_flow(num_steps=10, **kwargs):
     """Flow whose law is N(mean, std^2) of the observation (mean, std), in reward units."""
-    network = GaussianReturns(**kwargs, dtype=torch.float64)
-    return ReturnFlow(network, num_steps, **kwargs)
+    units = {key: kwargs[key] for key in ("loc", "scale") if key in kwargs}
+    return ReturnFlow(GaussianReturns(**units, dtype=torch.float64), num_steps, **kwargs)
+
+
+def gauss_flow_of(std):
+    """Flow, its input and the spread that ten Euler steps give to ``N(3, std^2)``."""
+    return gaussian_flow(), states((3.0, std)), euler_gaussian_std(std, 10)
 
 
 def states(*rows):
@@ -88,6 +93,29 @@ class TestGaussianLaw:
             for nodes in ("stratified", "random")
         ]
         assert 10 * errors[0] < errors[1]
+
+    @pytest.mark.parametrize("tau", [0.3, 2.0, INF])
+    def test_gauss_hermite_nodes_see_the_tail(self, tau):
+        """16 weighted nodes are exact where 16 equal ones are far from it."""
+        flow, rows, std = gauss_flow_of(0.7)
+        exact = 3 + (0 if tau == INF else std**2 / (2 * tau))
+        values = [
+            flow.q_star(*rows, tau, 16, nodes).item() for nodes in ("gauss_hermite", "stratified")
+        ]
+        assert values[0] == pytest.approx(exact, abs=1e-9)
+        assert tau > 1 or abs(values[1] - exact) > 0.05
+
+    def test_midpoint_steps_are_of_second_order(self):
+        """The spread of the law; Euler's is wrong by more with more evaluations."""
+        errors = [
+            abs(
+                gaussian_flow(steps, solver=solver).quantiles(*states((0.0, 2.0)), 3)[0, 2]
+                / stratified_normal(3, dtype=torch.float64)[2]
+                - 2
+            )
+            for solver, steps in (("euler", 10), ("midpoint", 6), ("midpoint", 12))
+        ]
+        assert errors[1] < errors[0] / 5 and errors[2] < errors[1] / 2.5
 
 
 class TestUnits:
@@ -156,7 +184,7 @@ class TestSampling:
         flow, observation, action = mlp_flow(), torch.randn(*batch, 3), torch.randn(*batch, 2)
         assert flow.sample(observation, action, 5).shape == (*batch, 5)
         assert flow.quantiles(observation, action, 5).shape == (*batch, 5)
-        for nodes in ("stratified", "random"):
+        for nodes in ("stratified", "gauss_hermite", "random"):
             assert flow.q_star(observation, action, 1.0, 5, nodes).shape == batch
 
     def test_samples_are_drawn_afresh(self):
@@ -198,14 +226,22 @@ class TestModule:
         data = TensorDict(agent=TensorDict(obs=torch.zeros(2, 3), act=torch.zeros(2, 2)))
         assert flow(data)["agent", "q"].shape == (2, 1)
 
-    def test_compiles(self):
-        flow, observation, action = mlp_flow(), torch.randn(4, 3), torch.randn(4, 2)
+    @pytest.mark.parametrize("nodes", ["stratified", "gauss_hermite"])
+    def test_compiles(self, nodes):
+        flow, rows = (
+            mlp_flow(num_steps=4, solver="midpoint"),
+            (torch.randn(4, 3), torch.randn(4, 2)),
+        )
         compiled = torch.compile(
-            lambda o, a: flow.q_star(o, a, 3.0, 8), fullgraph=True, backend="aot_eager"
+            lambda o, a: flow.q_star(o, a, 3.0, 8, nodes), fullgraph=True, backend="aot_eager"
         )
-        torch.testing.assert_close(
-            compiled(observation, action), flow.q_star(observation, action, 3.0, 8)
-        )
+        torch.testing.assert_close(compiled(*rows), flow.q_star(*rows, 3.0, 8, nodes))
+
+    def test_bad_solver(self):
+        with pytest.raises(ValueError, match="solver must be one of .*, got 'heun'"):
+            mlp_flow(solver="heun")
+        with pytest.raises(ValueError, match="num_steps must be even .*, got 5"):
+            mlp_flow(num_steps=5, solver="midpoint")
 
     @pytest.mark.parametrize("name", ["num_steps", "num_samples"])
     @pytest.mark.parametrize("value", [0, -1, 2.5])
@@ -241,13 +277,16 @@ class TestSelect:
         return ReturnFlow(VelocityMLP(3 + 2 + 2, hidden_sizes=(32, 32)), loc=-5.0, **kwargs)
 
     @torch.no_grad()
+    @pytest.mark.parametrize("nodes", ["stratified", "gauss_hermite"])
+    @pytest.mark.parametrize("solver", ["euler", "midpoint"])
     @pytest.mark.parametrize("tolerance", [0.0, 1e-4])
-    def test_fused_values_are_the_networks_own(self, tolerance):
+    def test_fused_values_are_the_networks_own(self, tolerance, solver, nodes):
         observation, candidates = torch.randn(4, 3), torch.randn(4, 8, 2)
-        flow = self.flow(tolerance=tolerance)
+        flow = self.flow(tolerance=tolerance, solver=solver)
         assert flow.why_not_fused(observation, candidates) is None
-        action, value, values = flow.select(observation, candidates, tau_r=0.5, num_samples=64)
-        expected = flow.q_star(observation.unsqueeze(-2), candidates, 0.5, 64)
+        options = {"tau_r": 0.5, "num_samples": 64, "nodes": nodes}
+        action, value, values = flow.select(observation, candidates, **options)
+        expected = flow.q_star(observation.unsqueeze(-2), candidates, 0.5, 64, nodes)
         torch.testing.assert_close(values, expected, rtol=1e-5 + tolerance, atol=0)
         index = values.argmax(-1)
         torch.testing.assert_close(value, values[torch.arange(4), index])

@@ -20,6 +20,7 @@ from torchrl_evor import (
     StackedVelocityMLP,
     VelocityMLP,
 )
+from torchrl_evor.modules.models import return_flow
 
 OBS, ACT, ROWS = 3, 2, 6
 LOC = torch.tensor([-4.0, 0.0, 7.0])
@@ -180,6 +181,23 @@ class TestStackedReturnFlow:
             returns.set_normalization(0.0, torch.tensor([1.0, 0.0, 1.0]))
         with pytest.raises(ValueError, match="loc must be finite"):
             returns.set_normalization(float("nan"), 1.0)
+
+    @pytest.mark.parametrize("batch", [(4,), (2, 3), ()])
+    def test_pieces_equal_the_whole(self, batch, monkeypatch):
+        """Rows go to the networks in pieces; the axis of the models stays whole."""
+        network = StackedVelocityMLP(3, 7, hidden_sizes=(4,))
+        returns = ReturnFlow(network, 2, loc=LOC, scale=SCALE)
+        observation, candidates = torch.randn(3, *batch, OBS), torch.randn(3, *batch, 5, ACT)
+        rows = []
+        network.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
+        options = {"tau_r": 1.0, "num_samples": 2}
+        whole = returns.select(observation, candidates, **options)
+        monkeypatch.setattr(return_flow, "MAX_ROWS", 12)
+        rows.clear()
+        pieces = returns.select(observation, candidates, **options)
+        assert max(rows) == 12 and whole[2].shape == (3, *batch, 5)
+        for got, want in zip(pieces, whole):
+            torch.testing.assert_close(got, want)
 
     def test_actor_over_one_policy_and_a_stack(self):
         policy = FlowMatchingPolicy(VelocityMLP(OBS + ACT + 1, ACT, hidden_sizes=(4,)), ACT, 2)

@@ -61,6 +61,7 @@ class Case:
         obs=5,
         act=3,
         num_steps=3,
+        solver="euler",
         device="cpu",
         seed=0,
         weighted=False,
@@ -76,7 +77,7 @@ class Case:
         uniform = torch.rand(states, candidates, device=device).clamp(1e-6, 1 - 1e-6)
         self.gumbel = -(-uniform.log()).log()
         self.options = {"tau_r": 0.7, "tau_q": 0.5, "loc": 2.0, "scale": 3.0} | options
-        self.options["num_steps"] = num_steps
+        self.options |= {"num_steps": num_steps, "solver": solver}
         if weighted:
             self.options["log_weights"] = torch.randn(nodes, device=device).log_softmax(-1)
 

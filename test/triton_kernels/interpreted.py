@@ -78,6 +78,14 @@ def test_parity(use_tile, tile, states, candidates, nodes, widths, options):
     assert_matches(_run(case, "tf32x3"), case, "float32")
 
 
+@pytest.mark.parametrize("tile", ["16x16", "loop 16"])
+def test_midpoint_steps(use_tile, tile):
+    """Several chunks of rows, whose half steps must not reach the stored start."""
+    use_tile(TILES[tile])
+    case = Case(3, 5, 7, (16, 16), num_steps=4, solver="midpoint")
+    assert_matches(_run(case, "tf32x3"), case, "float32")
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("tile", ["16x16", "loop 16"])
 def test_half_operands(use_tile, tile, precision):

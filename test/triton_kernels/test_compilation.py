@@ -113,7 +113,8 @@ def _launches(
     """The launches of one call; enough rows are claimed to get the tile for that many."""
     from torchrl_evor.triton_kernels import _config, _launch
 
-    case = Case(1, 2, 4, WIDTHS, num_steps=3)
+    case = Case(1, 2, 4, WIDTHS)
+    steps = _launch.Steps(*((4, "midpoint") if seeded else (3, "euler")))
     backend = f"triton_{design}"
     device = torch.device("cpu")
     config = _config.choose(backend, WIDTHS, precision, states * 32 * nodes, device)
@@ -131,7 +132,7 @@ def _launches(
             case.action,
             noise,
             4,
-            num_steps=3,
+            steps=steps,
             activation="gelu_tanh",
             eps=1e-6,
             precision=precision,

@@ -12,13 +12,17 @@ import pytest
 import torch
 from _kernel_cases import TOLERANCE, Case, relative_error
 from torchrl_evor.triton_kernels import _chebyshev, _cpu_path, evor_select, sample_returns
+from torchrl_evor.triton_kernels._steps import Steps
 from torchrl_evor.triton_kernels.packing import fold
 from torchrl_evor.triton_kernels.reference import sample_returns_reference
 
+TEN = Steps(10, "euler")
+
 
 def _z(case, **options):
+    steps = {key: case.options[key] for key in ("num_steps", "solver")}
     with torch.no_grad():
-        return sample_returns(case.packed, *case.inputs()[:3], case.options["num_steps"], **options)
+        return sample_returns(case.packed, *case.inputs()[:3], **steps, **options)
 
 
 def _want(case):
@@ -38,9 +42,10 @@ def test_matches_the_reference(shape, activation, layer_norm, onednn, monkeypatc
     assert relative_error(_z(case), _want(case)) < TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize("steps", [{}, {"num_steps": 4, "solver": "midpoint"}], ids=str)
 @pytest.mark.parametrize("shape", [(1, 33, 70), (70, 3, 5)])
-def test_double_precision(shape):
-    case = Case(*shape, (48, 20, 33))
+def test_double_precision(shape, steps):
+    case = Case(*shape, (48, 20, 33), **steps)
     want = _want(case)
     case.network.double()
     case.observation, case.action = case.observation.double(), case.action.double()
@@ -120,15 +125,27 @@ class TestInterpolation:
         """Products of low degree are among the polynomials of every grid."""
         field = Field(lambda z, t, p: 0.3 * z * z - p * t * z + t * t - 1.0, torch.rand(5).double())
         noise = torch.randn(400, 5, dtype=torch.float64).clamp(-2, 2)
-        got, left = _chebyshev.interpolated_flow(field, noise, num_steps, 1e-9)
+        got, left = _chebyshev.interpolated_flow(field, noise, Steps(num_steps, "euler"), 1e-9)
         assert not len(left)
         torch.testing.assert_close(got, _euler(field, noise, num_steps), rtol=1e-10, atol=1e-10)
+
+    def test_midpoint_steps(self):
+        """The same evaluations in time, of which every second one starts where the first did."""
+        field = Field(lambda z, t, p: 0.3 * z * z - p * t * z + t * t - 1.0, torch.rand(5).double())
+        noise = torch.randn(400, 5, dtype=torch.float64).clamp(-2, 2)
+        got, left = _chebyshev.interpolated_flow(field, noise, Steps(6, "midpoint"), 1e-9)
+        want = noise
+        for k in range(0, 6, 2):
+            middle = want + field(want, k / 6) / 6
+            want = want + field(middle, (k + 1) / 6) / 3
+        assert not len(left)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
     def test_cost_does_not_depend_on_the_number_of_nodes(self):
         counts = []
         for nodes in (100, 1000):
             field = Field(lambda z, t, p: torch.sin(p * z + t), torch.full((20,), 0.5))
-            _chebyshev.interpolated_flow(field, torch.randn(nodes, 20).clamp(-2, 2), 10, 1e-4)
+            _chebyshev.interpolated_flow(field, torch.randn(nodes, 20).clamp(-2, 2), TEN, 1e-4)
             counts.append(field.count[0])
         assert counts[0] <= 20 * 100 * 10 / 4
         assert counts[1] <= 1.1 * counts[0]
@@ -139,7 +156,7 @@ class TestInterpolation:
         steepness[[5, 17]] = 80.0
         field = Field(lambda z, t, p: torch.tanh(p * z) - 0.1 * z, steepness)
         noise = torch.randn(200, 30, dtype=torch.float64).clamp(-2, 2)
-        got, left = _chebyshev.interpolated_flow(field, noise, 10, 1e-5)
+        got, left = _chebyshev.interpolated_flow(field, noise, TEN, 1e-5)
         assert left.tolist() == [5, 17]
         kept = torch.ones(30, dtype=torch.bool)
         kept[left] = False
@@ -147,20 +164,20 @@ class TestInterpolation:
 
     def test_all_sharp_costs_a_probe_only(self):
         field = Field(lambda z, t, p: torch.tanh(p * z), torch.full((64,), 80.0))
-        _, left = _chebyshev.interpolated_flow(field, torch.randn(64, 64), 10, 1e-4)
+        _, left = _chebyshev.interpolated_flow(field, torch.randn(64, 64), TEN, 1e-4)
         assert len(left) == 64 and field.count[0] <= 0.05 * 64 * 64 * 10
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_what_is_not_finite_is_left(self, bad):
         field = Field(lambda z, t, p: p * z, torch.tensor([0.1, 0.1, 0.1, bad, 0.1]))
-        _, left = _chebyshev.interpolated_flow(field, torch.randn(400, 5), 10, 1e-4)
+        _, left = _chebyshev.interpolated_flow(field, torch.randn(400, 5), TEN, 1e-4)
         assert 3 in left.tolist()
 
     def test_equal_nodes(self):
         """An interval of no length: nothing to interpolate, nothing to divide by."""
         field = Field(lambda z, t, p: -p * z, torch.rand(4))
         noise = torch.ones(100, 4)
-        got, left = _chebyshev.interpolated_flow(field, noise, 10, 1e-4)
+        got, left = _chebyshev.interpolated_flow(field, noise, TEN, 1e-4)
         got[:, left] = _euler(field, noise)[:, left]
         torch.testing.assert_close(got, _euler(field, noise), rtol=1e-4, atol=0)
 
@@ -179,7 +196,7 @@ class TestInterpolation:
                 layer.weight *= 2
         velocity, box, noise = _velocity_of(case, num_steps=10)
         ladder = _chebyshev._ladder(64, 10, noise.dtype)
-        _, _, grids = _chebyshev._probe(velocity, noise, box, 10, 1e-5, ladder)
+        _, _, grids = _chebyshev._probe(velocity, noise, box, TEN, 1e-5, ladder)
         first, second, last = (grid.size for grid in grids)
         assert first < second < last
 
@@ -189,7 +206,7 @@ class TestInterpolation:
         case = Case(1, 24, 16, (32, 32, 32), num_steps=10)
         velocity, box, noise = _velocity_of(case, num_steps=10)
         grids = [_chebyshev._grid(level, 10, noise.dtype) for level in levels]
-        z, estimate = _chebyshev._run(velocity, noise, box, 10, grids)
+        z, estimate = _chebyshev._run(velocity, noise, box, TEN, grids)
         true = ((z - _euler(velocity, noise)).square().mean(0) / z.square().mean(0)).sqrt()
         assert true.square().mean().sqrt() <= estimate.square().mean().sqrt()
         assert true.max() > 1e-4

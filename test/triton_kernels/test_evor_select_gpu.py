@@ -65,6 +65,13 @@ def test_parity_of_other_networks(backend, widths, activation, layer_norm):
     assert_matches(_run(case, backend, "fp16"), case, "fp16")
 
 
+@pytest.mark.parametrize("backend", DESIGNS)
+@pytest.mark.parametrize("precision", ["fp16", "tf32x3"])
+def test_parity_of_midpoint_steps(backend, precision):
+    case = Case(4, 30, 70, (512,) * 3, num_steps=6, solver="midpoint", device="cuda")
+    assert_matches(_run(case, backend, precision), case, precision)
+
+
 def test_parity_of_unequal_widths():
     case = Case(4, 3, 7, (130, 64, 300), device="cuda")
     assert_matches(_run(case, "triton_layered", "tf32x3"), case, "tf32x3")

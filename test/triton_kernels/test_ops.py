@@ -18,6 +18,7 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl_evor.triton_kernels import (
     _dispatch,
+    _torch_path,
     evor_select,
     ops,
     pack_velocity_mlp,
@@ -27,6 +28,8 @@ from torchrl_evor.triton_kernels import (
     why_no_triton,
     why_not_packable,
 )
+from torchrl_evor.triton_kernels._steps import Steps
+from torchrl_evor.triton_kernels.packing import fold
 from torchrl_evor.triton_kernels.reference import (
     choose_candidate,
     evor_select_reference,
@@ -57,6 +60,18 @@ class TestReference:
         )
         # 1 -> 7.5 -> 7.5 + (10 + 22.5 + 2) / 2; 2 -> 11 -> 11 + (12 + 33 + 2) / 2.
         assert z.flatten().tolist() == [24.75, 34.5]
+
+    def test_a_midpoint_step_by_hand(self):
+        """The same field: 1 -> 7.5 at time 1/2, whose velocity 34.5 carries the whole step."""
+        z = sample_returns_reference(
+            lambda inputs: (inputs * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum(-1, keepdim=True),
+            torch.tensor([[10.0]]),
+            torch.tensor([[[0.0]]]),
+            torch.tensor([[[1.0]]]),
+            2,
+            "midpoint",
+        )
+        assert z.item() == 35.5
 
     def test_log_mean_exp_by_hand(self):
         """Weights 1/4 and 3/4 on 0 and tau log 9: the value is tau log(1/4 + 27/4) = tau log 7."""
@@ -98,6 +113,36 @@ class TestReference:
 def test_matches_the_reference(activation, layer_norm):
     case = Case(3, 4, 5, (48, 20, 33), activation=activation, layer_norm=layer_norm)
     assert_matches(_run(case), case, "float32")
+
+
+@pytest.mark.parametrize("num_steps", [2, 6])
+@pytest.mark.parametrize("shape", [(1, 5, 7), (30, 3, 2)])
+def test_midpoint_steps_match_the_reference(shape, num_steps):
+    case = Case(*shape, (16, 16), num_steps=num_steps, solver="midpoint")
+    assert_matches(_run(case), case, "float32")
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint"])
+def test_pieces_of_the_torch_path(solver, monkeypatch):
+    """What other devices run, in one piece and in many: never more rows at once than fit."""
+    case = Case(5, 4, 3, (16, 32, 16), num_steps=4, solver=solver)
+    case.network.double()
+    weights = fold(list(case.packed.tensors()), True)
+    reads = [tensor.double() for tensor in case.inputs()[:3]]
+    rows = []
+    activate = _torch_path.activate
+    monkeypatch.setattr(
+        _torch_path, "activate", lambda x, name: rows.append(x[..., 0].numel()) or activate(x, name)
+    )
+    found = []
+    for room in (2**28, 7 * 32 * 8):
+        monkeypatch.setattr(_torch_path, "_CHUNK_BYTES", room)
+        with torch.no_grad():
+            args = weights, "gelu_tanh", case.packed.eps, *reads, Steps(4, solver)
+            found.append(_torch_path.folded_sample(*args))
+    assert max(rows) == 60 and min(rows) == 6
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+    assert relative_error(found[0], (case.want()[3] - 2.0) / 3.0) < TOLERANCE["float64"]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +250,7 @@ class TestCustomOperator:
     def test_opcheck(self):
         case = Case(2, 3, 4, (16, 16))
         tensors = [tensor.detach() for tensor in case.packed.tensors()]
-        sampler = (tensors, "gelu_tanh", 1e-6, 3)
+        sampler = (tensors, "gelu_tanh", 1e-6, 4, "midpoint")
         inputs = (case.observation, case.action, case.noise)
         torch.library.opcheck(ops._sample_op, (*inputs, None, 4, *sampler, "torch", "", 0.0))
         loc, scale = torch.zeros(()), torch.ones(())
@@ -325,6 +370,8 @@ class TestBadInput:
             {"tau_q": math.inf},
             {"num_steps": 0},
             {"num_steps": 2.5},
+            {"num_steps": 3, "solver": "midpoint"},
+            {"solver": "heun"},
             {"loc": torch.zeros(2)},
             {"scale": torch.ones(2, 1)},
             {"tolerance": math.nan},

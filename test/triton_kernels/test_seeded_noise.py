@@ -200,7 +200,7 @@ class TestPublicFunctions:
     def test_opcheck(self):
         case = Case(2, 3, 4, (16, 16))
         tensors = [tensor.detach() for tensor in case.packed.tensors()]
-        sampler = (tensors, "gelu_tanh", 1e-6, 3)
+        sampler = (tensors, "gelu_tanh", 1e-6, 4, "midpoint")
         inputs = (case.observation, case.action, None, SEED, 4)
         torch.library.opcheck(ops._sample_op, (*inputs, *sampler, "torch", "", 0.0))
         scalars = (torch.zeros(()), torch.ones(()))

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchrl_evor.modules.functional import check_choice, check_positive, euler_integrate
+from torchrl_evor.modules.functional import check_choice, check_positive, integrate
 
 __all__ = ["FlowMatchingModel", "VelocityMLP"]
 
@@ -219,7 +219,7 @@ class FlowMatchingModel(nn.Module):
         """
         if noise is None:
             noise = observation.new_empty(*observation.shape[:-1], self.action_dim).normal_()
-        action = euler_integrate(
+        action = integrate(
             lambda action, time: self.velocity(observation, action, time), noise, self.num_steps
         )
         return action.clamp(self.low, self.high)

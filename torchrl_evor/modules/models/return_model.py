@@ -121,7 +121,7 @@ class ReturnModel(TensorDictModuleBase):
         tau_q: float = 0.0,
         gumbel: Tensor | None = None,
         num_samples: int = 16,
-        nodes: Literal["stratified", "random"] = "stratified",
+        nodes: Literal["stratified", "gauss_hermite", "random"] = "stratified",
         backend: Literal["auto", "torch", "triton"] = "auto",
     ) -> tuple[Tensor, Tensor, Tensor]:
         r"""Draws one candidate from :math:`\mathrm{softmax}(Q^* / \tau_Q)`.
@@ -137,8 +137,8 @@ class ReturnModel(TensorDictModuleBase):
             gumbel (Tensor, optional): standard Gumbel noise ``[*B, P]``, drawn
                 by default.
             num_samples (int, optional): nodes per candidate. Defaults to ``16``.
-            nodes (str, optional): ``"stratified"`` or ``"random"``. Defaults to
-                ``"stratified"``.
+            nodes (str, optional): ``"stratified"``, ``"gauss_hermite"`` or
+                ``"random"``. Defaults to ``"stratified"``.
             backend (str, optional): ``"auto"``, ``"torch"`` or ``"triton"``.
                 Defaults to ``"auto"``.
 

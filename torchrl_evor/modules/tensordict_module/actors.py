@@ -15,7 +15,12 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 
-from torchrl_evor.modules.functional import check_choice, check_positive, check_temperature
+from torchrl_evor.modules.functional import (
+    NODES,
+    check_choice,
+    check_positive,
+    check_temperature,
+)
 from torchrl_evor.modules.models.flow import FlowMatchingModel
 from torchrl_evor.modules.models.return_flow import ReturnFlow
 
@@ -100,7 +105,8 @@ class EVORActor(TensorDictModuleBase):
         tau_q (float, optional): temperature of the choice, in reward units;
             ``0`` takes the best candidate. Defaults to ``0.0``.
         nodes (str, optional): ``"stratified"`` (quantiles shared by all
-            candidates) or ``"random"`` (the paper's). Defaults to ``"stratified"``.
+            candidates), ``"gauss_hermite"`` (weighted, for a small ``tau_r``) or
+            ``"random"`` (the paper's). Defaults to ``"stratified"``.
         backend (str, optional): ``"torch"``, ``"triton"`` or ``"auto"``, the
             fastest measured choice for the device. Defaults to ``"auto"``.
         return_candidates (bool, optional): also write ``"candidates"``
@@ -138,7 +144,7 @@ class EVORActor(TensorDictModuleBase):
         num_samples: int = 16,
         tau_r: float = math.inf,
         tau_q: float = 0.0,
-        nodes: Literal["stratified", "random"] = "stratified",
+        nodes: Literal["stratified", "gauss_hermite", "random"] = "stratified",
         backend: Literal["auto", "torch", "triton"] = "auto",
         return_candidates: bool = False,
     ) -> None:
@@ -149,7 +155,7 @@ class EVORActor(TensorDictModuleBase):
         self.num_samples = check_positive("num_samples", num_samples)
         self.tau_r = check_temperature("tau_r", tau_r)
         self.tau_q = check_temperature("tau_q", tau_q)
-        self.nodes = check_choice("nodes", nodes, ("stratified", "random"))
+        self.nodes = check_choice("nodes", nodes, NODES)
         self.backend = check_choice("backend", backend, ("auto", "torch", "triton"))
         self.return_candidates = return_candidates
         # Not the policy's first output: that of a ProbabilisticActor is a mean.

@@ -102,6 +102,7 @@ class ReturnFlowConfig(_ReturnModelConfig):
 
     velocity_network: Any = MISSING
     num_steps: int = 10
+    solver: str = "euler"
     tolerance: float = 0.0
     _target_: str = f"{_HERE}._make_return_flow"
 
