@@ -11,9 +11,9 @@ import functools
 import http.server
 import importlib.util
 import shutil
+import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -31,7 +31,12 @@ from torchrl_evor.data import (
     make_windows,
     ogbench_arrays_to_tensordict,
 )
-from torchrl_evor.data.datasets import _ogbench_cache, _ogbench_download, ogbench
+from torchrl_evor.data.datasets import (
+    _ogbench_cache,
+    _ogbench_download,
+    _ogbench_windows,
+    ogbench,
+)
 from torchrl_evor.data.datasets._ogbench_download import download_npz
 from torchrl_evor.data.datasets._ogbench_windows import discounted_sums, empirical_returns
 
@@ -863,26 +868,64 @@ class TestDownload:
         assert sum(shown) == path.stat().st_size
 
 
-@pytest.mark.slow
-class TestReach:
-    """One million transitions of cube-single's size, on one core."""
+@pytest.mark.parametrize("n_step, chunk_size", [(1, 1), (4, 1), (2, 3)])
+@pytest.mark.parametrize("piece", [1, 7, 20])
+def test_pieces_of_the_data_give_the_windows_of_the_whole(monkeypatch, piece, n_step, chunk_size):
+    raw = arrays(lengths=(5, 12, 3, 1, 6, 9), terminals_at=(7, 30))
+    data = ogbench_arrays_to_tensordict(raw)
+    whole = make_windows(data, n_step, chunk_size, 0.9), empirical_returns(data, 0.9)
+    monkeypatch.setattr(_ogbench_windows, "_PIECE", piece)
+    pieces = make_windows(data, n_step, chunk_size, 0.9), empirical_returns(data, 0.9)
+    for key, want in vars(whole[0]).items():
+        got = getattr(pieces[0], key)
+        assert (got is None and key == "last") if want is None else torch.equal(got, want)
+    assert torch.equal(pieces[1], whole[1])
 
-    def test_conversion_and_sampling(self):
-        raw = arrays(lengths=(1000,) * 1000)
-        rows = len(raw["terminals"])
-        raw["observations"] = np.zeros((rows, 28), np.float32)
-        start = time.perf_counter()
-        data = ogbench_arrays_to_tensordict(raw)
-        storage = WindowStorage(data, n_step=300)
-        assert time.perf_counter() - start < 20
-        buffer = TensorDictReplayBuffer(storage=storage, batch_size=256)
-        buffer.sample()
-        durations = []
-        for _ in range(200):
-            start = time.perf_counter()
-            buffer.sample()
-            durations.append(time.perf_counter() - start)
-        assert np.median(durations) < 1e-3
+
+MEMORY = """
+import sys
+import gymnasium, ogbench
+from torchrl_evor.data import OGBenchExperienceReplay
+
+def resident():
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+
+# The environment, which labels the rewards, has memory of its own.
+env = gymnasium.make("pointmaze-medium-singletask-task1-v0", disable_env_checker=True)
+env.reset(), env.close()
+before = resident()
+task, folder = sys.argv[1:]
+data = OGBenchExperienceReplay(task, batch_size=256, n_step=100, directory=folder, root=folder)
+for _ in range(1000):
+    data.sample()
+storage = data._storage
+read = [*storage._columns.values(), *vars(storage._windows).values()]
+print(len(data), resident() - before, sum(x.nbytes for x in read if x is not None))
+"""
+
+
+@needs_ogbench
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_a_million_transitions(tmp_path):
+    """The process grows by at most twice the arrays that sampling reads, converting or not."""
+    rows = 1001 * 1000
+    observations = np.random.default_rng(0).normal(size=(rows, 2)).astype(np.float32)
+    raw = {
+        "observations": observations,
+        "actions": observations.clip(-1, 1),
+        "terminals": (np.arange(rows) % 1001 == 1000).astype(np.float32),
+        "qpos": observations,
+        "qvel": observations,
+    }
+    np.savez(tmp_path / f"{FILE}.npz", **raw)
+    for _ in range(2):  # the first process converts the file, the second finds the result
+        command = [sys.executable, "-c", MEMORY, TASK, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        length, growth, read = map(int, done.stdout.split()[-3:])
+        assert length == 1_000_000 and read > 60e6
+        assert growth <= 2 * read
 
 
 def test_a_buffer_of_ones_own():

@@ -13,6 +13,8 @@ import torch
 from tensordict import TensorDict
 from torchrl.data.replay_buffers import TensorStorage
 
+_PIECE = 2**17  # transitions that are worked on at once, about
+
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
@@ -24,7 +26,8 @@ class Windows:
         reward (Tensor): float32 ``[W]``, sum of ``gamma**k * r`` over the window.
         terminated (Tensor): bool ``[W]``, the window ends in a terminal.
         done (Tensor): bool ``[W]``, it ends in a terminal or with its trajectory.
-        last (Tensor): int64 ``[W]``, last transition of its trajectory.
+        last (Tensor, optional): int64 ``[W]``, last transition of its trajectory; for chunks of
+            several steps, which can run out of it.
     """
 
     start: torch.Tensor
@@ -32,7 +35,7 @@ class Windows:
     reward: torch.Tensor
     terminated: torch.Tensor
     done: torch.Tensor
-    last: torch.Tensor
+    last: torch.Tensor | None
 
 
 def discounted_sums(reward: np.ndarray, steps: np.ndarray, gamma: float) -> np.ndarray:
@@ -93,6 +96,28 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
     """
     episode = data["episode"].numpy()
     terminal = data["next", "terminated"].numpy().ravel()
+    reward = data["next", "reward"].numpy().ravel()
+    columns = [
+        _windows_of(episode[piece], terminal[piece], reward[piece], n_step, chunk_size, gamma)
+        for piece in _pieces(episode)
+    ]
+    for piece, (start, end, *_, last) in zip(_pieces(episode), columns):
+        for index in (start, end, last):
+            index += piece.start
+    *joined, last = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*columns))
+    return Windows(*joined, last if chunk_size > 1 else None)
+
+
+def _pieces(episode: np.ndarray):
+    """Slices of whole trajectories, so that what is only computed on the way stays small."""
+    ends = np.append(np.flatnonzero(episode[1:] != episode[:-1]) + 1, len(episode))
+    cuts = np.unique(ends[np.searchsorted(ends, np.arange(_PIECE, len(episode), _PIECE))])
+    edges = [0, *cuts[cuts < len(episode)].tolist(), len(episode)]
+    return [slice(first, stop) for first, stop in zip(edges[:-1], edges[1:])]
+
+
+def _windows_of(episode, terminal, reward, n_step, chunk_size, gamma) -> tuple[np.ndarray, ...]:
+    """The columns of :class:`Windows` for some whole trajectories, indices from 0 on."""
     start = np.arange(len(episode))
     last = next_true(np.append(episode[1:] != episode[:-1], True))
     end = np.minimum(start + min(n_step * chunk_size, len(start)) - 1, last)
@@ -102,10 +127,10 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
     own_end = start + chunk_size - 1
     valid = (own_end <= last) & (terminated | (own_end <= end))
     steps = np.where(valid, end - start + 1, 0)
-    reward = discounted_sums(data["next", "reward"].numpy().ravel(), steps, gamma)
+    total = discounted_sums(reward, steps, gamma).astype(np.float32)
     kept = np.flatnonzero(valid)
-    columns = (start, end, reward.astype(np.float32), terminated, terminated | (end == last), last)
-    return Windows(*(torch.from_numpy(column[kept]) for column in columns))
+    columns = (start, end, total, terminated, terminated | (end == last), last)
+    return tuple(column[kept] for column in columns)
 
 
 def empirical_returns(data: TensorDict, gamma: float) -> torch.Tensor:
@@ -123,13 +148,15 @@ def empirical_returns(data: TensorDict, gamma: float) -> torch.Tensor:
     """
     episode = data["episode"].numpy()
     reward = data["next", "reward"].numpy().ravel()
-    last = next_true(np.append(episode[1:] != episode[:-1], True))
-    first_terminal = next_true(data["next", "terminated"].numpy().ravel())
-    steps = np.minimum(last, first_terminal) - np.arange(len(last)) + 1
-    returns = discounted_sums(reward, steps, gamma)
-    if gamma < 1:
-        tail = reward.mean(dtype=np.float64) / (1 - gamma)
-        returns += np.where(first_terminal <= last, 0.0, gamma**steps * tail)
+    terminal = data["next", "terminated"].numpy().ravel()
+    tail = reward.mean(dtype=np.float64) / (1 - gamma) if gamma < 1 else 0.0
+    returns = np.empty(len(reward))
+    for piece in _pieces(episode):
+        last = next_true(np.append(episode[piece][1:] != episode[piece][:-1], True))
+        first_terminal = next_true(terminal[piece])
+        steps = np.minimum(last, first_terminal) - np.arange(len(last)) + 1
+        unknown = np.where(first_terminal <= last, 0.0, gamma**steps * tail)
+        returns[piece] = discounted_sums(reward[piece], steps, gamma) + unknown
     return torch.from_numpy(returns)
 
 
@@ -162,7 +189,8 @@ class WindowStorage(TensorStorage):
         self._chunk_size = chunk_size
         # Plain views: indexing a memory-mapped tensor subclass costs several times as much.
         self._columns = {key: _plain(data[key]) for key in _COLUMNS}
-        self._windows = Windows(**{key: value.to(device) for key, value in vars(windows).items()})
+        columns = vars(windows).items()
+        self._windows = Windows(**{key: x if x is None else x.to(device) for key, x in columns})
 
     @property
     def shape(self):
