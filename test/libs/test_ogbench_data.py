@@ -156,6 +156,7 @@ class TestConverterBadInput:
         [
             ("observations", np.zeros((7, 2), np.uint8), TypeError, "floating point, got.*uint8"),
             ("actions", np.zeros((7, 3), np.int64), TypeError, "'actions' must be floating"),
+            ("actions", np.zeros((7, 0), np.float32), ValueError, r"one column, got.*\(7, 0\)"),
             ("observations", np.zeros(7, np.float32), ValueError, r"2 dimension.*shape \(7,\)"),
             ("terminals", np.full(7, 2), TypeError, "only 0 and 1"),
             ("terminals", np.array(["no"] * 7), TypeError, "'terminals' must be boolean"),
@@ -665,6 +666,7 @@ class TestBadInput:
         "kwargs, message",
         [
             ({"n_step": 0}, "n_step must be an integer >= 1, got 0"),
+            ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
             ({"n_step": 2.0}, "n_step must be"),
             ({"chunk_size": -1}, "chunk_size must be"),
             ({"gamma": 1.5}, "gamma must lie in"),

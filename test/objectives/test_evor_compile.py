@@ -106,17 +106,21 @@ class TestCompile:
     def test_traces_without_a_break(self, draws):
         self.check(torch.float64, "aot_eager", weights=False)
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(
         "td_target,next_action,dtype",
         [
-            ("bellman", "policy", torch.float32),
-            ("bellman", "policy", torch.float64),
             ("bellman", "dataset", torch.float32),
-            ("bellman", "improved", torch.float32),
-            ("sample", "policy", torch.float32),
-            ("coupled", "dataset", torch.float64),
-            ("velocity", "dataset", torch.float32),
+            *(
+                pytest.param(*case, marks=pytest.mark.slow)
+                for case in [
+                    ("bellman", "policy", torch.float32),
+                    ("bellman", "policy", torch.float64),
+                    ("bellman", "improved", torch.float32),
+                    ("sample", "policy", torch.float32),
+                    ("coupled", "dataset", torch.float64),
+                    ("velocity", "dataset", torch.float32),
+                ]
+            ),
         ],
     )
     def test_inductor_equals_eager(self, td_target, next_action, dtype, draws):

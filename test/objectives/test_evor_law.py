@@ -160,7 +160,6 @@ class TestByHand:
         assert (drawn > 0.9).float().mean() < 0.5
 
 
-@pytest.mark.slow
 class TestChain:
     """A random walk whose returns are known: what each target learns of them."""
 
@@ -215,13 +214,16 @@ class TestChain:
         distance, spread = self.distance("bellman")  # measured: 0.12 and 0.90
         assert distance < 0.16 and 0.8 < spread < 1.1
 
+    @pytest.mark.slow
     def test_sample_loses_spread(self):
         distance, spread = self.distance("sample")  # measured: 0.19 and 0.76
         assert distance < 0.25 and spread < 0.85
 
+    @pytest.mark.slow
     def test_coupled_is_close(self):
         assert self.distance("coupled")[0] < 0.2  # measured: 0.14
 
+    @pytest.mark.slow
     def test_velocity_learns_another_law(self):
         distance, spread = self.distance("velocity")  # measured: 1.03 and 2.9
         assert distance > 0.7 and spread > 2

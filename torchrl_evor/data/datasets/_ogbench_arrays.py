@@ -250,6 +250,8 @@ def _checked_floats(dataset, key, ndim, num_rows) -> np.ndarray:
 
 def _checked_actions(dataset, num_rows) -> np.ndarray:
     actions = _checked_floats(dataset, "actions", 2, num_rows)
+    if not actions.shape[1]:
+        raise ValueError(f"'actions' must have at least one column, got shape {actions.shape}.")
     excess = max(float(actions.max()), -float(actions.min()))
     if excess > 1 + _ACTION_EXCESS:
         raise ValueError(f"'actions' must lie in [-1, 1], got an entry of magnitude {excess}.")

@@ -155,6 +155,7 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         _check_choice("split", split, ("train", "val"))
         _check_choice("reward_type", reward_type, ("default", "sparse"))
         _check_choice("download", download, (True, False, "force"))
+        _check_counts(batch_size=batch_size)
         _check_windows(n_step, chunk_size, gamma)
         _check_sources(source, directory, num_transitions)
         self.dataset_id = dataset_id
@@ -337,10 +338,14 @@ def _check_choice(argument, value, allowed) -> None:
         raise ValueError(f"{argument} must be one of {allowed}, got {value!r}.")
 
 
-def _check_windows(n_step, chunk_size, gamma) -> None:
-    for argument, value in (("n_step", n_step), ("chunk_size", chunk_size)):
+def _check_counts(**counts) -> None:
+    for argument, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{argument} must be an integer >= 1, got {value!r}.")
+
+
+def _check_windows(n_step, chunk_size, gamma) -> None:
+    _check_counts(n_step=n_step, chunk_size=chunk_size)
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}.")
 
