@@ -103,9 +103,10 @@ def _resolve_precision(precision: str, dtype: torch.dtype) -> str:
     return _PRECISION_OF_DTYPE.get(dtype, _PRECISION_OF_MATMUL[matmul])
 
 
-def _triton_z(
+def _triton_reads(
     packed, tensors, eps, activation, observation, action, draws, steps, backend, precision
-):
+) -> tuple[tuple, dict]:
+    """What the launches read, as positional and named arguments."""
     # The kernels' module imports triton, which is optional.
     from . import _config, _launch
 
@@ -120,19 +121,21 @@ def _triton_z(
         ),
     )
     noise = draws.seed if draws.noise is None else draws.noise
-    return _launch.sample_z(
+    reads = (
         weights,
         observation.contiguous(),
         action.contiguous(),
         noise.contiguous().view(-1),
         draws.num_nodes,
-        steps=steps,
-        activation=activation,
-        eps=eps,
-        precision=precision,
-        config=config,
-        programs=_config.num_programs(action.device),
     )
+    return reads, {
+        "steps": steps,
+        "activation": activation,
+        "eps": eps,
+        "precision": precision,
+        "config": config,
+        "programs": _config.num_programs(action.device),
+    }
 
 
 def value_dtype(tensor: Tensor) -> torch.dtype:
@@ -187,7 +190,10 @@ def _sample(
     reads = (packed, tensors, eps, activation, observation, action, draws, steps)
     if backend == "torch":
         return _torch_z(*reads, tolerance)
-    return _triton_z(*reads, backend, precision)
+    from . import _launch
+
+    reads, options = _triton_reads(*reads, backend, precision)
+    return _launch.sample_z(*reads, **options)
 
 
 def sample(
@@ -222,11 +228,6 @@ def _select_torch(z, action, gumbel, log_weights, loc, scale, tau_r, tau_q, retu
     return chosen, value, q, returns if return_samples else returns.new_empty(0)
 
 
-def _selects_on_device(z: Tensor, backend: str) -> bool:
-    runs = z.is_cuda and backend != "torch" and _has_triton
-    return runs and z.dtype == torch.float32 and z.numel() > 0
-
-
 def select(
     packed,
     observation: Tensor,
@@ -253,14 +254,16 @@ def select(
     draws = Draws(noise, seed, num_nodes)
     backend = _resolve_backend(backend, tensors, eps, action, draws, precision)
     steps = Steps(num_steps, solver)
-    sampler = (tensors, activation, eps, steps, backend, precision, tolerance)
-    z = _sample(packed, observation, action, draws, *sampler)
-    on_device = _selects_on_device(z, backend)
-    if tau_q > 0 and gumbel is None:
-        gumbel = seed if on_device else philox_gumbel(seed, tuple(action.shape[:2]))
-    reads = (z, action.contiguous(), gumbel, log_weights, loc, scale, tau_r, tau_q, return_samples)
-    if not on_device:
-        return _select_torch(*reads)
+    selection = (log_weights, loc, scale, tau_r, tau_q, return_samples)
+    if backend == "torch" or action.shape[0] == 0:
+        sampler = (tensors, activation, eps, steps, backend, precision, tolerance)
+        z = _sample(packed, observation, action, draws, *sampler)
+        if tau_q > 0 and gumbel is None:
+            gumbel = philox_gumbel(seed, tuple(action.shape[:2]))
+        return _select_torch(z, action, gumbel, *selection)
     from . import _launch
 
-    return _launch.select(*reads)
+    sampler = (packed, tensors, eps, activation, observation, action, draws, steps)
+    reads, options = _triton_reads(*sampler, backend, precision)
+    drawn = seed if gumbel is None and tau_q > 0 else gumbel
+    return _launch.evor_select(*reads, drawn, *selection, **options)

@@ -117,7 +117,7 @@ def _start(noise_ptr, rows, live, num_nodes, NOISE: tl.constexpr):
 @triton.jit
 def _first_kernel(
     noise_ptr,  # by NOISE: "rows" [R], "shared" [N], "seed" [2] int64
-    z_ptr,  # [R], read and written by the one program that owns the row
+    z_ptr,  # [R'], from row z_row on; read and written by the one program that owns the row
     head_part_ptr,  # [PARTS, padded], products with the head, of the step before
     head_stat_ptr,  # [PARTS, 2, padded]
     head_sum_ptr,  # [1]
@@ -129,6 +129,7 @@ def _first_kernel(
     stat_ptr,  # [1, 2, padded]
     first_row,
     last_row,
+    z_row,
     num_nodes,
     padded,
     width,
@@ -156,7 +157,7 @@ def _first_kernel(
     if STAGE == 0:
         z = _start(noise_ptr, rows, live, num_nodes, NOISE)
     else:
-        z = tl.load(z_ptr + rows, live, other=0.0)
+        z = tl.load(z_ptr + rows - z_row, live, other=0.0)
         velocity = tl.load(head_part_ptr + local)
         for part in tl.static_range(1, PARTS):
             velocity += tl.load(head_part_ptr + part * padded + local)
@@ -165,7 +166,7 @@ def _first_kernel(
             velocity = rstd * (velocity - mean * tl.load(head_sum_ptr))
         z += step * (velocity + tl.load(head_bias_ptr))
     if KEEP:
-        tl.store(z_ptr + rows, z, live)
+        tl.store(z_ptr + rows - z_row, z, live)
     if STAGE < 2:
         candidate = tl.minimum(rows, last_row - 1) // num_nodes
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -274,7 +275,7 @@ def _full_row(
 @triton.jit
 def _loop_kernel(
     noise_ptr,  # by NOISE: "rows" [R], "shared" [N], "seed" [2] int64
-    z_ptr,  # [R], written once
+    z_ptr,  # [last_row - first_row], written once
     base_ptr,  # [R / N, width]
     weight_z_ptr,  # [width]
     weight_t_ptr,  # [width]
@@ -283,7 +284,8 @@ def _loop_kernel(
     bias_ptr,  # [HIDDEN + 1, PAD], the head last
     head_ptr,  # [PAD]
     scratch_ptr,  # [programs, 2, BLOCK_M, PAD], operand dtype
-    num_rows,
+    first_row,
+    last_row,
     num_nodes,
     width,
     num_steps,
@@ -304,10 +306,11 @@ def _loop_kernel(
     cols = tl.arange(0, PAD)
     half: tl.constexpr = BLOCK_M * PAD
     scratch_ptr += tl.program_id(0) * 2 * half
-    for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
-        rows = tile * BLOCK_M + lanes
-        live = rows < num_rows
-        candidate = tl.minimum(rows, num_rows - 1) // num_nodes
+    tiles = tl.cdiv(last_row - first_row, BLOCK_M)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        rows = first_row + tile * BLOCK_M + lanes
+        live = rows < last_row
+        candidate = tl.minimum(rows, last_row - 1) // num_nodes
         origin = _start(noise_ptr, rows, live, num_nodes, NOISE)
         z = origin
         for k in range(num_steps):
@@ -387,4 +390,4 @@ def _loop_kernel(
                 origin = tl.where(k % 2 == 1, z, origin)
             else:
                 z += step * velocity
-        tl.store(z_ptr + rows, z, live)
+        tl.store(z_ptr + rows - first_row, z, live)

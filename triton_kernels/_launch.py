@@ -14,11 +14,19 @@ import torch
 from torch import Tensor
 
 from . import _evor_select as kernels
-from ._select_kernel import _select_kernel
+from ._select_kernel import _average_kernel, _select_kernel
 from ._steps import Steps
 from .packing import split_tensors
 
-__all__ = ["LayerConfig", "LoopConfig", "pack_weights", "sample_z", "select", "TritonWeights"]
+__all__ = [
+    "evor_select",
+    "LayerConfig",
+    "LoopConfig",
+    "pack_weights",
+    "sample_z",
+    "select",
+    "TritonWeights",
+]
 
 OPERANDS = {
     "fp16": (torch.float16, "tf32"),
@@ -48,6 +56,7 @@ class LoopConfig(NamedTuple):
     block_k: int
     warps: int
     stages: int
+    rows: int = 2**18
 
 
 class TritonWeights(NamedTuple):
@@ -149,7 +158,6 @@ class _Sampler(NamedTuple):
     weights: TritonWeights
     base: Tensor  # [S, P, H]
     noise: Tensor  # [R], [N] or the seed, [2] int64
-    z: Tensor  # [R]
     num_nodes: int
     steps: Steps
     activation: str
@@ -164,17 +172,23 @@ class _Sampler(NamedTuple):
     def noise_kind(self) -> str:
         if self.noise.dtype == torch.int64:
             return "seed"
-        return "rows" if self.noise.numel() == self.z.numel() else "shared"
+        return "rows" if self.noise.numel() == self.num_rows else "shared"
+
+    @property
+    def num_rows(self) -> int:
+        return self.base.shape[0] * self.base.shape[1] * self.num_nodes
 
 
-def _layered_chunk(s: _Sampler, config: LayerConfig, first_row: int, last_row: int) -> None:
+def _layered_chunk(
+    s: _Sampler, config: LayerConfig, z: Tensor, z_row: int, first_row: int, last_row: int
+) -> None:
     w = s.weights
     operand, input_precision = OPERANDS[s.precision]
     block_n = min(config.block_n, w.pad)
     block_k = min(config.block_k, w.pad)
     parts = w.pad // block_n
     padded = -(-(last_row - first_row) // config.block_m) * config.block_m
-    new = s.z.new_empty
+    new = z.new_empty
     buffers = [new(padded, w.pad, dtype=operand) for _ in range(2)]
     stats = [new(parts, 2, padded) for _ in range(2)]
     head_part = new(parts, padded)
@@ -188,7 +202,7 @@ def _layered_chunk(s: _Sampler, config: LayerConfig, first_row: int, last_row: i
         before = max(k - 1, 0)  # the evaluation whose velocity is added
         kernels._first_kernel[(padded // first_m,)](
             s.noise,
-            s.z,
+            z,
             head_part,
             stats[(depth - 1) % 2],
             w.sums[depth - 1],
@@ -200,6 +214,7 @@ def _layered_chunk(s: _Sampler, config: LayerConfig, first_row: int, last_row: i
             stats[0],
             first_row,
             last_row,
+            z_row,
             s.num_nodes,
             padded,
             w.widths[0],
@@ -246,23 +261,24 @@ def _layered_chunk(s: _Sampler, config: LayerConfig, first_row: int, last_row: i
             )
 
 
-def _layered(s: _Sampler, config: LayerConfig) -> None:
-    rows = s.z.numel()
+def _layered(s: _Sampler, config: LayerConfig, z: Tensor, first_row: int, last_row: int) -> None:
+    rows = last_row - first_row
     chunks = -(-rows // config.rows)
     # Equal chunks, in whole tiles: a short last chunk would leave multiprocessors idle.
     size = -(-rows // (chunks * config.block_m)) * config.block_m
-    for start in range(0, rows, size):
-        _layered_chunk(s, config, start, min(start + size, rows))
+    for start in range(first_row, last_row, size):
+        _layered_chunk(s, config, z, first_row, start, min(start + size, last_row))
 
 
-def _loop(s: _Sampler, config: LoopConfig, programs: int) -> None:
+def _loop(
+    s: _Sampler, config: LoopConfig, z: Tensor, first_row: int, last_row: int, programs: int
+) -> None:
     w = s.weights
     operand, input_precision = OPERANDS[s.precision]
-    rows = s.z.numel()
-    grid = min(-(-rows // config.block_m), programs)
+    grid = min(-(-(last_row - first_row) // config.block_m), programs)
     kernels._loop_kernel[(grid,)](
         s.noise,
-        s.z,
+        z,
         s.base,
         w.first_z,
         w.first_t,
@@ -270,8 +286,9 @@ def _loop(s: _Sampler, config: LoopConfig, programs: int) -> None:
         w.sums,
         w.biases,
         w.head,
-        s.z.new_empty(grid, 2, config.block_m, w.pad, dtype=operand),
-        rows,
+        z.new_empty(grid, 2, config.block_m, w.pad, dtype=operand),
+        first_row,
+        last_row,
         s.num_nodes,
         w.widths[0],
         s.steps.num,
@@ -330,14 +347,107 @@ def sample_z(
     z = torch.empty(*action.shape[:2], num_nodes, dtype=torch.float32, device=action.device)
     with device_guard(z):
         base = first_layer_base(weights, observation, action)
-        sampler = _Sampler(
-            weights, base, noise, z.view(-1), num_nodes, steps, activation, eps, precision
-        )
-        if isinstance(config, LayerConfig):
-            _layered(sampler, config)
-        else:
-            _loop(sampler, config, programs)
+        sampler = _Sampler(weights, base, noise, num_nodes, steps, activation, eps, precision)
+        _sample_rows(sampler, config, z.view(-1), 0, z.numel(), programs)
     return z
+
+
+def _sample_rows(s: _Sampler, config, z: Tensor, first_row: int, last_row: int, programs: int):
+    """Writes the end points of some rows to ``z``, which starts with the first of them."""
+    if isinstance(config, LayerConfig):
+        _layered(s, config, z, first_row, last_row)
+    else:
+        _loop(s, config, z, first_row, last_row, programs)
+
+
+def evor_select(
+    weights: TritonWeights,
+    observation: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    num_nodes: int,
+    gumbel: Tensor | None,
+    log_weights: Tensor | None,
+    loc: Tensor,
+    scale: Tensor,
+    tau_r: float,
+    tau_q: float,
+    return_samples: bool,
+    *,
+    steps: Steps,
+    activation: str,
+    eps: float,
+    precision: str,
+    config: LayerConfig | LoopConfig,
+    programs: int = 132,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """End points, values and choice; arguments and results of :func:`sample_z` and :func:`select`.
+
+    Unless all returns are asked for, end points are kept for ``config.rows`` rows at a time, so
+    that memory does not grow with the number of nodes (up to that many).
+    """
+    pairs = action.shape[0] * action.shape[1]
+    options = {"steps": steps, "activation": activation, "eps": eps, "precision": precision}
+    at_once = max(1, config.rows // num_nodes)
+    if return_samples or pairs <= at_once:
+        z = sample_z(
+            weights,
+            observation,
+            action,
+            noise,
+            num_nodes,
+            config=config,
+            programs=programs,
+            **options,
+        )
+        return select(z, action, gumbel, log_weights, loc, scale, tau_r, tau_q, return_samples)
+    at_once = -(-pairs // -(-pairs // at_once))  # equal pieces
+    q = torch.empty(action.shape[:2], dtype=torch.float32, device=action.device)
+    with device_guard(q):
+        base = first_layer_base(weights, observation, action)
+        sampler = _Sampler(weights, base, noise, num_nodes, **options)
+        z = q.new_empty(at_once * num_nodes)
+        for first in range(0, pairs, at_once):
+            last = min(first + at_once, pairs)
+            _sample_rows(sampler, config, z, first * num_nodes, last * num_nodes, programs)
+            _average(z, q, first, last, num_nodes, log_weights, loc, scale, tau_r)
+    return _choose(q, action, gumbel, loc, scale, tau_q)
+
+
+def _average_kind(tau_r: float) -> str:
+    return "max" if tau_r == 0 else "mean" if math.isinf(tau_r) else "lse"
+
+
+def _average(
+    z: Tensor,
+    q: Tensor,
+    first: int,
+    last: int,
+    num_nodes: int,
+    log_weights: Tensor | None,
+    loc: Tensor,
+    scale: Tensor,
+    tau_r: float,
+) -> None:
+    """Values of some candidates from their end points."""
+    block_p = 8
+    _average_kernel[(-(-(last - first) // block_p),)](
+        z,
+        z if log_weights is None else log_weights,
+        loc,
+        scale,
+        q,
+        first,
+        last,
+        num_nodes,
+        tau_r,
+        math.log(num_nodes),
+        AVERAGE=_average_kind(tau_r),
+        WEIGHTED=log_weights is not None,
+        BLOCK_P=block_p,
+        BLOCK_N=min(triton_next_power_of_two(num_nodes), 64),
+        num_warps=4,
+    )
 
 
 def select(
@@ -356,15 +466,28 @@ def select(
     The last is empty unless ``return_samples``. ``gumbel`` is noise ``[S, P]`` or a seed, as in
     :func:`sample_z`.
     """
-    states, num_candidates, num_nodes = z.shape
-    chosen = action.new_empty(states, action.shape[-1])
-    value = z.new_empty(states)
-    q = z.new_empty(states, num_candidates)
+    q = z.new_empty(z.shape[:2])
     returns = torch.empty_like(z) if return_samples else z.new_empty(0)
+    average = _average_kind(tau_r)
+    return _launch_select(
+        z, action, gumbel, log_weights, loc, scale, q, returns, z.shape[2], tau_r, tau_q, average
+    )
+
+
+def _choose(q: Tensor, action: Tensor, gumbel: Tensor | None, loc, scale, tau_q: float):
+    """Choice from values ``[S, P]``."""
+    return _launch_select(
+        q, action, gumbel, None, loc, scale, q, q.new_empty(0), 1, 1.0, tau_q, "given"
+    )
+
+
+def _launch_select(
+    z, action, gumbel, log_weights, loc, scale, q, returns, num_nodes, tau_r, tau_q, average
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    states, num_candidates = q.shape
+    chosen, value = action.new_empty(states, action.shape[-1]), q.new_empty(states)
     kind = "" if tau_q == 0 else "seed" if gumbel.dtype == torch.int64 else "rows"
-    average = "max" if tau_r == 0 else "mean" if math.isinf(tau_r) else "lse"
-    block_p = min(triton_next_power_of_two(num_candidates), 32)
-    with device_guard(z):
+    with device_guard(q):
         _select_kernel[(states,)](
             z,
             z if log_weights is None else log_weights,
@@ -385,8 +508,8 @@ def select(
             AVERAGE=average,
             WEIGHTED=log_weights is not None,
             GUMBEL=kind,
-            RETURNS=return_samples,
-            BLOCK_P=block_p,
+            RETURNS=returns.numel() > 0,
+            BLOCK_P=min(triton_next_power_of_two(num_candidates), 32),
             BLOCK_N=min(triton_next_power_of_two(num_nodes), 64),
             BLOCK_A=min(triton_next_power_of_two(action.shape[-1]), 64),
             num_warps=4,

@@ -67,8 +67,47 @@ def _node_average(
 
 
 @triton.jit
+def _average_kernel(
+    z_ptr,  # [last - first, N] float32: some candidates
+    log_weight_ptr,  # [N] float32, read with WEIGHTED
+    loc_ptr,  # [1]
+    scale_ptr,  # [1]
+    q_ptr,  # [S * P], written from `first` to `last`
+    first,
+    last,
+    num_nodes,
+    tau_r,
+    log_nodes,
+    AVERAGE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    index = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    live = index < last - first
+    q = _node_average(
+        z_ptr,
+        z_ptr,
+        log_weight_ptr,
+        index.to(tl.int64) * num_nodes,
+        live,
+        num_nodes,
+        tl.load(loc_ptr).to(tl.float32),
+        tl.load(scale_ptr).to(tl.float32),
+        tau_r,
+        log_nodes,
+        AVERAGE,
+        WEIGHTED,
+        False,
+        BLOCK_P,
+        BLOCK_N,
+    )
+    tl.store(q_ptr + first + index, q, live)
+
+
+@triton.jit
 def _select_kernel(
-    z_ptr,  # [S, P, N] float32
+    z_ptr,  # [S, P, N] float32, not read with AVERAGE "given"
     log_weight_ptr,  # [N] float32, read with WEIGHTED
     gumbel_ptr,  # by GUMBEL: "rows" [S, P], "seed" [2] int64, "" not read
     action_ptr,  # [S, P, A]
@@ -76,7 +115,7 @@ def _select_kernel(
     scale_ptr,  # [1]
     chosen_ptr,  # [S, A]
     value_ptr,  # [S]
-    q_ptr,  # [S, P]
+    q_ptr,  # [S, P], written, or read with AVERAGE "given"
     returns_ptr,  # [S, P, N], written with RETURNS
     num_candidates,
     num_nodes,
@@ -84,7 +123,7 @@ def _select_kernel(
     tau_r,
     tau_q,
     log_nodes,
-    AVERAGE: tl.constexpr,  # "max", "mean" or "lse"
+    AVERAGE: tl.constexpr,  # "max", "mean", "lse" or "given"
     WEIGHTED: tl.constexpr,
     GUMBEL: tl.constexpr,
     RETURNS: tl.constexpr,
@@ -102,24 +141,27 @@ def _select_kernel(
         index = start + tl.arange(0, BLOCK_P)
         live = index < num_candidates
         offsets = state * num_candidates + index
-        q = _node_average(
-            z_ptr,
-            returns_ptr,
-            log_weight_ptr,
-            offsets * num_nodes,
-            live,
-            num_nodes,
-            loc,
-            scale,
-            tau_r,
-            log_nodes,
-            AVERAGE,
-            WEIGHTED,
-            RETURNS,
-            BLOCK_P,
-            BLOCK_N,
-        )
-        tl.store(q_ptr + offsets, q, live)
+        if AVERAGE == "given":
+            q = tl.load(q_ptr + offsets, live, other=0.0)
+        else:
+            q = _node_average(
+                z_ptr,
+                returns_ptr,
+                log_weight_ptr,
+                offsets * num_nodes,
+                live,
+                num_nodes,
+                loc,
+                scale,
+                tau_r,
+                log_nodes,
+                AVERAGE,
+                WEIGHTED,
+                RETURNS,
+                BLOCK_P,
+                BLOCK_N,
+            )
+            tl.store(q_ptr + offsets, q, live)
         score = q
         if GUMBEL == "seed":
             score = q / tau_q + philox_gumbel(gumbel_ptr, offsets.to(tl.int32))

@@ -18,7 +18,6 @@ ROOF = 0.40  # of the matrix units' rate, in S3
 SATURATED = 32768  # rows that fill a large device
 LINEAR = 1.15  # most to least time per row beyond saturation
 MARGIN = 1.05  # the kernel must be this much faster to be the default
-END_POINT_BYTES = 4  # of each sample, a result, which is no work space
 WORK_SPACE_SLACK = 2**20
 
 
@@ -95,12 +94,11 @@ def _memory(rows) -> Verdict:
         return Verdict(target, None, "fewer than two sizes beyond saturation were measured")
     first, last = many[0], many[-1]
     growth = found[last] - found[first]
-    allowed = END_POINT_BYTES * (last - first) + WORK_SPACE_SLACK
     detail = (
         f"{found[first] / 2**20:.1f} MiB at {first} rows, {found[last] / 2**20:.1f} MiB at {last}:"
-        f" {growth / (last - first):.1f} bytes per further row, of which 4 are the end points"
+        f" {growth / (last - first):.2f} bytes per further row"
     )
-    return Verdict(target, growth <= allowed, detail)
+    return Verdict(target, growth <= WORK_SPACE_SLACK, detail)
 
 
 def verdicts(rows: list[dict], precisions) -> list[Verdict]:

@@ -43,8 +43,6 @@ def poisoned_memory():
 def use_tile(monkeypatch):
     monkeypatch.setattr(_dispatch, "why_no_triton", lambda *_: None)
     monkeypatch.setattr(_config, "num_programs", lambda _: 2)
-    # Selection takes the kernel where the tensors are on the device.
-    monkeypatch.setattr(_dispatch, "_selects_on_device", lambda z, backend: z.numel() > 0)
     return lambda tile: monkeypatch.setattr(_config, "choose", lambda *_: tile)
 
 
@@ -116,6 +114,37 @@ def test_temperatures(use_tile, options):
     use_tile(LOOP["32"])
     case = Case(2, 35, 66, (16, 16), num_steps=1, **options)
     assert_matches(_run(case, "tf32x3"), case, "float32")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tau_r": 0.0, "weighted": True},
+        {"tau_r": float("inf"), "tau_q": 0.0},
+        {"tau_r": 0.7, "shared": True},
+        {"tau_r": 0.7, "num_steps": 2, "solver": "midpoint"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("nodes, at_once", [(5, 5), (40, 1)])
+@pytest.mark.parametrize("design", ["layered", "loop"])
+def test_memory_does_not_grow_with_the_nodes(
+    use_tile, monkeypatch, design, nodes, at_once, options
+):
+    """End points are kept for a few candidates at a time, or for one whose nodes fill the room."""
+    tile = LAYERED["16x16"] if design == "layered" else LOOP["16"]._replace(rows=32)
+    use_tile(tile)
+    case = Case(2, 7, nodes, (16, 16), **{"num_steps": 1} | options)
+    whole, kept = _run(case, "tf32x3"), []
+    average = _launch._average
+    monkeypatch.setattr(
+        _launch, "_average", lambda z, *reads: kept.append(z.numel()) or average(z, *reads)
+    )
+    with torch.no_grad():
+        got = evor_select(case.packed, *case.inputs(), **case.options, backend="triton")
+    assert kept == [at_once * nodes] * -(-14 // at_once)  # of 14 candidates
+    for tensor, expected in zip(got, whole):
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nan_never_wins_and_ties_go_to_the_lowest_index():

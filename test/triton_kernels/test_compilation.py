@@ -126,27 +126,22 @@ def _launches(
     def call():
         tensors = case.packed.tensors()
         weights = _launch.pack_weights(tensors, True, precision, design == "loop")
-        z = _launch.sample_z(
-            weights,
-            case.observation,
-            case.action,
-            noise,
-            4,
-            steps=steps,
-            activation="gelu_tanh",
-            eps=1e-6,
-            precision=precision,
-            config=config,
-        )
+        options = {"activation": "gelu_tanh", "eps": 1e-6, "precision": precision}
         one = torch.ones(())
-        _launch.select(z, case.action, gumbel, None, one, one, 1.0, 0.5, False)
+        reads = weights, case.observation, case.action, noise, 4, gumbel, None, one, one
+        for tile in (config, config._replace(rows=4)):  # at once, and one candidate at a time
+            _launch.evor_select(*reads, 1.0, 0.5, False, steps=steps, config=tile, **options)
 
     return _record(monkeypatch, call, on_launch)
 
 
 def _check(monkeypatch, tmp_path, design, precision, shape, capability, only="", seeded=False):
     found = _launches(monkeypatch, design, precision, *shape, seeded)
-    assert {launch[0].__name__ for launch in found} >= {"_fold_kernel", "_select_kernel"}
+    assert {launch[0].__name__ for launch in found} >= {
+        "_fold_kernel",
+        "_average_kernel",
+        "_select_kernel",
+    }
     spills = {}
     for launch in found:
         if only in launch[0].__name__:

@@ -78,15 +78,13 @@ class TestVerdicts:
         ]
         assert _verdicts(*rows)["fp16 time linear in candidates times nodes"] is passed
 
-    @pytest.mark.parametrize("extra, passed", [(4, True), (8, False)])
+    @pytest.mark.parametrize("extra, passed", [(2**19, True), (2**21, False)])
     def test_memory(self, extra, passed):
-        """Four bytes per sample are the end points themselves."""
+        """A little slack for the allocator, and not four bytes for each further end point."""
         few, many = (1, 32, 1024), (1, 32, 16384)
         rows = [
             _row(1.0, "layered", shape=few, memory=True, peak_bytes=10**8),
-            _row(
-                9.0, "layered", shape=many, memory=True, peak_bytes=10**8 + extra * 32 * 15 * 1024
-            ),
+            _row(9.0, "layered", shape=many, memory=True, peak_bytes=10**8 + extra),
         ]
         assert _verdicts(*rows)["memory independent of the nodes"] is passed
 
