@@ -73,6 +73,8 @@ class TestPath:
             check_solver("heun", 4)
         with pytest.raises(ValueError, match="num_steps must be even .*midpoint.*, got 3"):
             check_solver("midpoint", 3)
+        with pytest.raises(ValueError, match="num_steps must be even"):
+            integrate(lambda z, t: z, torch.ones(1), 5, "midpoint")
 
     @pytest.mark.parametrize("batch", [(), (0,), (2, 3)])
     def test_euler_shapes(self, batch):

@@ -80,6 +80,9 @@ def integrate(
     Returns:
         Tensor: state at flow time 1, ``[*B, D]``.
 
+    Raises:
+        ValueError: if ``solver`` is unknown, or ``num_steps`` odd for the midpoint rule.
+
     Examples:
         >>> import torch
         >>> integrate(lambda z, t: 2 * t, torch.zeros(1), 4)
@@ -87,6 +90,7 @@ def integrate(
         >>> integrate(lambda z, t: 2 * t, torch.zeros(1), 4, "midpoint")
         tensor([1.])
     """
+    check_solver(solver, num_steps)
     start = z = noise
     for step in range(num_steps):
         change = velocity(z, torch.full_like(z[..., :1], step / num_steps)) / num_steps
