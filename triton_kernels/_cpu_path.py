@@ -26,6 +26,7 @@ _CHUNK_BYTES = 2**20
 _STATE_ROWS = 64
 # Units of each layer whose smoothness is looked at.
 _PROBED_UNITS = 64
+_GATE = 2 * math.sqrt(2 / math.pi)
 _ONEDNN_ACTIVATIONS = {
     "gelu_tanh": ("gelu", [], "tanh"),
     "gelu": ("gelu", [], "none"),
@@ -46,9 +47,11 @@ class CPUWeights(NamedTuple):
 
 
 def _has_onednn() -> bool:
-    # The operator is TorchInductor's, not public: without it the plain products serve.
+    # The operator is TorchInductor's, not public: without it the plain products serve. They are
+    # twice as slow on AMD processors with AVX-512, and faster by a half without AVX-512.
     return (
-        torch.backends.mkldnn.is_available()
+        "AVX512" in torch.backends.cpu.get_cpu_capability()
+        and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
@@ -92,7 +95,16 @@ def _layer(
         options = ("none", [], "") if name is None else _ONEDNN_ACTIVATIONS[name]
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *options)
     x = F.linear(x, weight, bias)
-    return x if name is None else activate(x, name)
+    return x if name is None else _activate_(x, name)
+
+
+def _activate_(x: Tensor, activation: str) -> Tensor:
+    """Activation, in place where that is faster."""
+    if activation != "gelu_tanh":
+        return activate(x, activation)
+    # x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)): a sigmoid takes a quarter of a tanh's time.
+    gate = (x * x).mul_(0.044715 * _GATE).add_(_GATE).mul_(x).sigmoid_()
+    return x.mul_(gate)
 
 
 def _normalized(weights: CPUWeights, g: Tensor) -> Tensor:
@@ -187,7 +199,7 @@ class _ManyStates(_Velocity):
         x = torch.addcmul(self.base, z.unsqueeze(-1), folded.first_z)
         time = torch.as_tensor(time, dtype=z.dtype).unsqueeze(-1)
         x = torch.addcmul(x, time, folded.first_t).flatten(0, 1)
-        return activate(x, self.weights.activation)
+        return _activate_(x, self.weights.activation)
 
     def subset(self, index: Tensor | slice) -> _ManyStates:
         return _ManyStates(self.weights, self.base[index])

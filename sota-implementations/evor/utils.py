@@ -147,7 +147,10 @@ def build_networks(cfg: DictConfig, observation_dim: int, action_dim: int):
     """Base policy and reward-to-go flow of the configuration, untrained and without units."""
     policy = FlowMatchingPolicy(
         VelocityMLP(
-            observation_dim + action_dim + 1, action_dim, hidden_sizes=cfg.policy.hidden_sizes
+            observation_dim + action_dim + 1,
+            action_dim,
+            hidden_sizes=cfg.policy.hidden_sizes,
+            activation=cfg.policy.activation,
         ),
         action_dim,
         cfg.policy.num_steps,
@@ -155,6 +158,7 @@ def build_networks(cfg: DictConfig, observation_dim: int, action_dim: int):
     network = VelocityMLP(
         observation_dim + action_dim + 2,
         hidden_sizes=cfg.value.hidden_sizes,
+        activation=cfg.value.activation,
         layer_norm=cfg.value.layer_norm,
     )
     return policy, ReturnFlow(network, cfg.value.num_steps, solver=cfg.value.solver)

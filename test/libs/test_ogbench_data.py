@@ -879,8 +879,7 @@ def test_pieces_of_the_data_give_the_windows_of_the_whole(monkeypatch, piece, n_
     monkeypatch.setattr(_ogbench_windows, "_PIECE", piece)
     pieces = make_windows(data, n_step, chunk_size, 0.9), empirical_returns(data, 0.9)
     for key, want in vars(whole[0]).items():
-        got = getattr(pieces[0], key)
-        assert (got is None and key == "last") if want is None else torch.equal(got, want)
+        assert torch.equal(getattr(pieces[0], key), want)
     assert torch.equal(pieces[1], whole[1])
 
 

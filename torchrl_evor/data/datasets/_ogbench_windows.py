@@ -26,8 +26,7 @@ class Windows:
         reward (Tensor): float32 ``[W]``, sum of ``gamma**k * r`` over the window.
         terminated (Tensor): bool ``[W]``, the window ends in a terminal.
         done (Tensor): bool ``[W]``, it ends in a terminal or with its trajectory.
-        last (Tensor, optional): int64 ``[W]``, last transition of its trajectory; for chunks of
-            several steps, which can run out of it.
+        last (Tensor, optional): int64 ``[W]``, last transition of its trajectory.
     """
 
     start: torch.Tensor
@@ -105,7 +104,7 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
         for index in (start, end, last):
             index += piece.start
     *joined, last = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*columns))
-    return Windows(*joined, last if chunk_size > 1 else None)
+    return Windows(*joined, last)
 
 
 def _pieces(episode: np.ndarray):
@@ -189,6 +188,8 @@ class WindowStorage(TensorStorage):
         self._chunk_size = chunk_size
         # Plain views: indexing a memory-mapped tensor subclass costs several times as much.
         self._columns = {key: _plain(data[key]) for key in _COLUMNS}
+        if chunk_size == 1:  # only longer chunks can run out of their trajectory
+            windows = dataclasses.replace(windows, last=None)
         columns = vars(windows).items()
         self._windows = Windows(**{key: x if x is None else x.to(device) for key, x in columns})
 
