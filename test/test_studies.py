@@ -62,6 +62,7 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
     setting = many_setting()
     cfg = SimpleNamespace(
         hidden_sizes=[8],
+        activation="gelu_tanh",
         policy_steps=2,
         value_steps=2,
         value_solver="euler",

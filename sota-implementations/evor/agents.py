@@ -54,6 +54,7 @@ def save(folder: Path, env: str, method: str, setting, agent: Agent, program) ->
         "num_updates": program.num_updates,
         "num_transitions": len(program.windows[method].observation),
         "hidden_sizes": list(program.cfg.hidden_sizes),
+        "activation": program.cfg.activation,
         "policy_steps": program.cfg.policy_steps,
         "value_steps": program.cfg.value_steps,
         "value_solver": program.cfg.value_solver,
@@ -81,10 +82,9 @@ def load(path: Path, device: torch.device | str = "cpu", **actor_options):
         **actor_options: options of :class:`EVORActor`.
     """
     content = torch.load(path, map_location=device, weights_only=True)
-    policy = _network(content["policy"], content["hidden_sizes"], layer_norm=False)
-    members = [
-        _network(state, content["hidden_sizes"], layer_norm=True) for state in content["value"]
-    ]
+    options = {key: content[key] for key in ("hidden_sizes", "activation")}
+    policy = _network(content["policy"], layer_norm=False, **options)
+    members = [_network(state, layer_norm=True, **options) for state in content["value"]]
     action_dim = policy.net[-1].out_features
     policy = FlowMatchingPolicy(policy, action_dim, content["policy_steps"])
     if content["method"] == "bc":
@@ -99,14 +99,13 @@ def load(path: Path, device: torch.device | str = "cpu", **actor_options):
     return EVORActor(policy, returns, **actor_options).to(device)
 
 
-def _network(state: dict, hidden_sizes: list[int], layer_norm: bool) -> VelocityMLP:
+def _network(state: dict, **options) -> VelocityMLP:
     weights = [value for value in state.values() if value.ndim == 2]
     network = VelocityMLP(
         weights[0].shape[1],
         weights[-1].shape[0],
-        hidden_sizes=hidden_sizes,
-        layer_norm=layer_norm,
         device="meta",
+        **options,
     )
     network.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     return network

@@ -48,6 +48,8 @@ class Sizes:
     observation_dim: int
     action_dim: int
     hidden_sizes: Sequence[int] = (256, 256, 256)
+    policy_activation: str = "gelu_tanh"
+    value_activation: str = "gelu_tanh"
     num_steps: int = 10
     value_steps: int = 10
     value_solver: str = "euler"
@@ -76,12 +78,13 @@ class Sizes:
 
     def policy(self) -> FlowMatchingPolicy:
         """Base policy, without LayerNorm."""
-        network = self.network(self.inputs + 1, self.action_dim)
+        network = self.network(self.inputs + 1, self.action_dim, activation=self.policy_activation)
         return FlowMatchingPolicy(network, self.action_dim, self.num_steps)
 
     def value(self, in_features: int, out_features: int = 1) -> VelocityMLP:
         """Network of a value or of a law's parameters."""
-        return self.network(in_features, out_features, layer_norm=self.layer_norm)
+        options = {"activation": self.value_activation, "layer_norm": self.layer_norm}
+        return self.network(in_features, out_features, **options)
 
     def returns(self) -> ReturnFlow:
         """Reward-to-go flow."""
@@ -104,7 +107,11 @@ class Sizes:
     def ensemble(self, num_critics: int) -> ScalarCritic:
         """Q-chunking's scalar critics."""
         stack = StackedVelocityMLP(
-            num_critics, self.inputs, hidden_sizes=self.hidden_sizes, layer_norm=self.layer_norm
+            num_critics,
+            self.inputs,
+            hidden_sizes=self.hidden_sizes,
+            activation=self.value_activation,
+            layer_norm=self.layer_norm,
         )
         stack = self._standardized(stack)
         return ScalarCritic(stack, num_critics=num_critics, loc=self.loc, scale=self.scale)

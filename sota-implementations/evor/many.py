@@ -188,7 +188,8 @@ class Program:
 
     def _stack(self, num_models: int, in_features: int, out_features: int = 1, layer_norm=False):
         """Networks that start as if observations were standardised."""
-        options = {"hidden_sizes": self.cfg.hidden_sizes, "layer_norm": layer_norm}
+        options = {"hidden_sizes": self.cfg.hidden_sizes, "activation": self.cfg.activation}
+        options["layer_norm"] = layer_norm
         network = StackedVelocityMLP(num_models, in_features, out_features, **options)
         return network.standardize_inputs_(*self.statistics)
 

@@ -50,6 +50,8 @@ def make_sizes(cfg: DictConfig, data: OGBenchExperienceReplay) -> baselines.Size
         row["observation"].shape[-1],
         row["action"].shape[-1],
         hidden_sizes=cfg.value.hidden_sizes,
+        policy_activation=cfg.policy.activation,
+        value_activation=cfg.value.activation,
         num_steps=cfg.policy.num_steps,
         value_steps=cfg.value.num_steps,
         value_solver=cfg.value.solver,
