@@ -96,18 +96,19 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
     episode = data["episode"].numpy()
     terminal = data["next", "terminated"].numpy().ravel()
     reward = data["next", "reward"].numpy().ravel()
+    pieces = _pieces(episode)
     columns = [
         _windows_of(episode[piece], terminal[piece], reward[piece], n_step, chunk_size, gamma)
-        for piece in _pieces(episode)
+        for piece in pieces
     ]
-    for piece, (start, end, *_, last) in zip(_pieces(episode), columns):
+    for piece, (start, end, *_, last) in zip(pieces, columns):
         for index in (start, end, last):
             index += piece.start
     *joined, last = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*columns))
     return Windows(*joined, last)
 
 
-def _pieces(episode: np.ndarray):
+def _pieces(episode: np.ndarray) -> list[slice]:
     """Slices of whole trajectories, so that what is only computed on the way stays small."""
     ends = np.append(np.flatnonzero(episode[1:] != episode[:-1]) + 1, len(episode))
     cuts = np.unique(ends[np.searchsorted(ends, np.arange(_PIECE, len(episode), _PIECE))])
