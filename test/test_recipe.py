@@ -190,7 +190,14 @@ class TestBadInput:
         with pytest.raises(OSError, match="needs 1.0 MiB, 0.0 MiB are free"):
             checkpoint_io.check_room(tmp_path, torch.nn.Linear(2, 2))
 
-    def test_an_interrupt_waits_for_the_checkpoint(self):
+    @pytest.fixture
+    def interruptible(self):
+        """A shell starts what runs in its background with interrupts ignored."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    def test_an_interrupt_waits_for_the_checkpoint(self, interruptible):
         import checkpoint_io
 
         done = False
