@@ -257,9 +257,7 @@ class _Polynomial:
         path = noise.new_empty(steps.num + 1, *noise.shape)
         path[0] = start = noise
         for k in range(steps.num):
-            length = steps.length(k) / steps.num
-            torch.add(start, self.at(path[k], k), alpha=length, out=path[k + 1])
-            start = start if steps.is_half(k) else path[k + 1]
+            start, path[k + 1] = steps.move(start, self.at(path[k], k), k)
         return path
 
     def error(self, path: Tensor, velocity: ScalarVelocity | None) -> Tensor:

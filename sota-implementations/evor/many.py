@@ -188,9 +188,14 @@ class Program:
 
     def _stack(self, num_models: int, in_features: int, out_features: int = 1, layer_norm=False):
         """Networks that start as if observations were standardised."""
-        options = {"hidden_sizes": self.cfg.hidden_sizes, "activation": self.cfg.activation}
-        options["layer_norm"] = layer_norm
-        network = StackedVelocityMLP(num_models, in_features, out_features, **options)
+        network = StackedVelocityMLP(
+            num_models,
+            in_features,
+            out_features,
+            hidden_sizes=self.cfg.hidden_sizes,
+            activation=self.cfg.activation,
+            layer_norm=layer_norm,
+        )
         return network.standardize_inputs_(*self.statistics)
 
     def _make_loss(self, method: str) -> torch.nn.Module:

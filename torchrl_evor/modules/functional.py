@@ -91,26 +91,19 @@ def integrate(
         tensor([1.])
     """
     check_solver(solver, num_steps)
-    start = z = noise
-    for step in range(num_steps):
-        change = velocity(z, torch.full_like(z[..., :1], step / num_steps)) / num_steps
-        start, z = advance(start, change, step, solver)
-    return z
 
+    def change(z: Tensor, step: int) -> Tensor:
+        return velocity(z, torch.full_like(z[..., :1], step / num_steps)) / num_steps
 
-def advance(start: Tensor, change: Tensor, step: int, solver: str) -> tuple[Tensor, Tensor]:
-    """Where the next evaluation starts from, and where it is: both ``[*B]``.
-
-    ``change`` is what evaluation number ``step`` adds to ``start``, which the
-    second evaluation of a midpoint step adds twice.
-    """
+    z = noise
     if solver == "euler":
-        z = start + change
-        return z, z
-    if step % 2 == 0:
-        return start, start + change
-    z = start + 2 * change
-    return z, z
+        for step in range(num_steps):
+            z = z + change(z, step)
+        return z
+    for step in range(0, num_steps, 2):
+        middle = z + change(z, step)
+        z = z + 2 * change(middle, step + 1)
+    return z
 
 
 def check_solver(solver: str, num_steps: int) -> str:

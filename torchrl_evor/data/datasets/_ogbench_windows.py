@@ -108,9 +108,14 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
     return Windows(*joined, last)
 
 
+def _is_last(episode: np.ndarray) -> np.ndarray:
+    """Marks the last transition of each trajectory."""
+    return np.append(episode[1:] != episode[:-1], True)
+
+
 def _pieces(episode: np.ndarray) -> list[slice]:
     """Slices of whole trajectories, so that what is only computed on the way stays small."""
-    ends = np.append(np.flatnonzero(episode[1:] != episode[:-1]) + 1, len(episode))
+    ends = np.flatnonzero(_is_last(episode)) + 1
     cuts = np.unique(ends[np.searchsorted(ends, np.arange(_PIECE, len(episode), _PIECE))])
     edges = [0, *cuts[cuts < len(episode)].tolist(), len(episode)]
     return [slice(first, stop) for first, stop in zip(edges[:-1], edges[1:])]
@@ -119,7 +124,7 @@ def _pieces(episode: np.ndarray) -> list[slice]:
 def _windows_of(episode, terminal, reward, n_step, chunk_size, gamma) -> tuple[np.ndarray, ...]:
     """The columns of :class:`Windows` for some whole trajectories, indices from 0 on."""
     start = np.arange(len(episode))
-    last = next_true(np.append(episode[1:] != episode[:-1], True))
+    last = next_true(_is_last(episode))
     end = np.minimum(start + min(n_step * chunk_size, len(start)) - 1, last)
     first_terminal = next_true(terminal)
     terminated = first_terminal <= end
@@ -152,7 +157,7 @@ def empirical_returns(data: TensorDict, gamma: float) -> torch.Tensor:
     tail = reward.mean(dtype=np.float64) / (1 - gamma) if gamma < 1 else 0.0
     returns = np.empty(len(reward))
     for piece in _pieces(episode):
-        last = next_true(np.append(episode[piece][1:] != episode[piece][:-1], True))
+        last = next_true(_is_last(episode[piece]))
         first_terminal = next_true(terminal[piece])
         steps = np.minimum(last, first_terminal) - np.arange(len(last)) + 1
         unknown = np.where(first_terminal <= last, 0.0, gamma**steps * tail)
