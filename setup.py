@@ -10,7 +10,7 @@ OGBENCH = ["ogbench==1.2.2"]
 HYDRA = ["hydra-core>=1.3,<1.4"]
 WANDB = ["wandb"]
 TRITON = ["triton>=3.3"]
-PLOTS = ["matplotlib", "scipy"]
+PLOTS = ["matplotlib>=3.8", "scipy"]
 # The TensorBoard logger of TorchRL needs the tensorboard package.
 ALL = OGBENCH + HYDRA + WANDB + PLOTS + ["tensorboard", "tqdm"]
 # numpy: the Triton interpreter of some releases rejects runtime loop bounds with newer versions.

@@ -296,6 +296,7 @@ def test_many_runs_leave_a_row_for_each(root):
         "n_steps=[5]",
         "methods=[evor,scalar,qc-1,bc]",
         "actor.num_candidates=2",
+        "qc_candidates=2",
         "actor.num_samples=2",
         "eval.episodes=1",
         "eval.processes=1",

@@ -224,7 +224,7 @@ class Program:
             loss = StackedQCLoss(
                 self.policy,
                 critic,
-                num_candidates=self.cfg.actor.num_candidates,
+                num_candidates=self.cfg.qc_candidates,
                 reduction="none",
             )
         else:
