@@ -107,6 +107,39 @@ def test_score_and_ranks_by_hand():
     assert errors["rank_distance"].tolist() == [0.25, 0.25]
 
 
+@pytest.mark.skipif(not _has_hydra, reason="needs hydra")
+def test_summary_by_hand():
+    import value_study
+
+    def row(problem, method, updates, seed, **errors):
+        label = {"problem": problem, "method": method, "updates": updates, "seed": seed}
+        return {**label, "seconds": 2.4, **errors}
+
+    rows = [
+        row("chain", "bellman", 10, 0, w1=9.0),  # not the last measurement
+        row("chain", "bellman", 20, 0, w1=0.25),
+        row("chain", "bellman", 20, 1, w1=0.25),
+        row("chain", "scalar", 20, 0, w1=1.0),
+        row("maze", "bellman", 20, 0, crps=0.5),
+    ]
+    assert value_study.measures(rows) == ["w1", "crps"]
+    assert value_study.summary(rows).split("\n") == [
+        "chain, 20 updates:",
+        "",
+        "| method | w1 | seconds |",
+        "| --- | --- | --- |",
+        "| bellman | 0.250 [0.250, 0.250] | 2 |",
+        "| scalar | 1.000 (1 seed) | 2 |",
+        "",
+        "maze, 20 updates:",
+        "",
+        "| method | crps | seconds |",
+        "| --- | --- | --- |",
+        "| bellman | 0.500 (1 seed) | 2 |",
+        "",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not _has_hydra, reason="needs hydra")
 def test_command(tmp_path):
@@ -118,6 +151,8 @@ def test_command(tmp_path):
     # 2 problems, 8 methods, 2 measurements, 2 seeds
     assert len(rows) == 2 * 8 * 2 * 2
     assert all(float(value) >= 0 for row in rows for value in row.split(",")[2:])
+    for name in ("value_study.png", "value_study_seconds.png"):
+        assert (tmp_path / name).stat().st_size > 1000
     assert (tmp_path / "value_study.png").stat().st_size > 0
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import hydra
 import matplotlib
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -43,6 +44,7 @@ from torchrl_evor import (
     VelocityMLP,
 )
 from torchrl_evor.modules.functional import TD_TARGETS
+from torchrl_evor.record import mean, stratified_bootstrap
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -165,12 +167,51 @@ def write(rows: list[dict], path: Path) -> None:
     os.replace(partial, path)
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Curves of each method against updates: mean over seeds, and their range."""
-    panels = {}
-    for row in rows:
-        measured = [key for key in row if key not in LABELS]
-        panels.update({(row["problem"], key): None for key in measured})
+def measures(rows: list[dict]) -> list[str]:
+    """Names of the errors that rows hold."""
+    return list(dict.fromkeys(key for row in rows for key in row if key not in LABELS))
+
+
+def summary(rows: list[dict]) -> str:
+    """Markdown tables of the last measurements: means over seeds with bootstrap intervals.
+
+    Args:
+        rows (list of dict): rows of :func:`study`.
+
+    Returns:
+        One table for each problem, its methods in the order of the rows.
+    """
+    lines = []
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        chosen = [row for row in rows if row["problem"] == problem]
+        last = max(row["updates"] for row in chosen)
+        chosen = [row for row in chosen if row["updates"] == last]
+        columns = measures(chosen)
+        lines += [f"{problem}, {last:,} updates:", "", _line(["method", *columns, "seconds"])]
+        lines.append(_line(["---"] * (len(columns) + 2)))
+        for method in dict.fromkeys(row["method"] for row in chosen):
+            seeds = [row for row in chosen if row["method"] == method]
+            cells = [_mean_and_interval([row[column] for row in seeds]) for column in columns]
+            lines.append(_line([method, *cells, f"{seeds[0]['seconds']:.0f}"]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _mean_and_interval(values: list[float]) -> str:
+    scores = np.array(values)[:, None]
+    if len(values) < 2:
+        return f"{mean(scores):.3f} (1 seed)"
+    interval = stratified_bootstrap(scores, mean, generator=np.random.default_rng(0))
+    return f"{mean(scores):.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def plot(rows: list[dict], path: Path, against: str = "updates") -> None:
+    """Curves of each method against updates or seconds: mean over seeds, and their range."""
+    panels = dict.fromkeys((row["problem"], key) for row in rows for key in measures([row]))
     columns = min(5, len(panels))
     lines = math.ceil(len(panels) / columns)
     size = (3.2 * columns, 2.8 * lines)
@@ -178,19 +219,21 @@ def plot(rows: list[dict], path: Path) -> None:
     for axis, (problem, column) in zip(axes.flat, panels):
         for method in dict.fromkeys(row["method"] for row in rows):
             chosen = [r for r in rows if r["problem"] == problem and r["method"] == method]
-            updates = sorted({row["updates"] for row in chosen})
-            values = [[r[column] for r in chosen if r["updates"] == u] for u in updates]
-            (curve,) = axis.plot(updates, [sum(v) / len(v) for v in values], label=method)
+            # All seeds are measured at the same updates and seconds.
+            points = sorted({row[against] for row in chosen})
+            values = [[r[column] for r in chosen if r[against] == p] for p in points]
+            (curve,) = axis.plot(points, [sum(v) / len(v) for v in values], label=method)
             low, high = [min(v) for v in values], [max(v) for v in values]
-            axis.fill_between(updates, low, high, color=curve.get_color(), alpha=0.15)
+            axis.fill_between(points, low, high, color=curve.get_color(), alpha=0.15)
         axis.set_title(f"{problem.split('-singletask')[0]}: {column}", fontsize=8)
-        axis.set(xlabel="updates", yscale="log")
+        axis.set(xlabel=against, yscale="log")
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     axes[0, 0].legend(fontsize=6)
     figure.tight_layout()
     partial = path.with_suffix(".part")
     figure.savefig(partial, format="png", dpi=130)
+    plt.close(figure)
     os.replace(partial, path)
 
 
@@ -209,7 +252,9 @@ def main(cfg: DictConfig) -> None:
                 rows += study(cfg, name, truth, method, bar)
                 write(rows, output / "value_study.csv")
     plot(rows, output / "value_study.png")
-    tqdm.write(f"value_study.csv and value_study.png are in {output}")
+    plot(rows, output / "value_study_seconds.png", against="seconds")
+    tqdm.write(summary(rows))
+    tqdm.write(f"Rows (value_study.csv) and curves (value_study*.png) are in {output}")
 
 
 if __name__ == "__main__":
