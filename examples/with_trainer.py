@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="pointmaze-medium-navigate-singletask-task1-v0")
     parser.add_argument("--num-transitions", type=int, default=300_000)
-    parser.add_argument("--updates", type=int, default=15_000)
+    parser.add_argument("--updates", type=int, default=10_000)
     parser.add_argument("--log-dir", default="outputs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
