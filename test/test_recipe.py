@@ -147,6 +147,15 @@ class TestBadInput:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             utils.check_config(cfg)
 
+    @pytest.mark.parametrize("threads", [0, -1, 1.5, "all"])
+    def test_num_threads(self, threads):
+        import utils
+        from omegaconf import OmegaConf
+
+        cfg = OmegaConf.create({"num_threads": threads, "matmul_precision": "highest"})
+        with pytest.raises(ValueError, match=f"num_threads must be null or .*got '?{threads}"):
+            utils.configure_torch(cfg)
+
     @pytest.mark.parametrize(
         "override, group",
         [("loss.gamma=0.9", "loss"), ("optim.lr=1.0", "optim"), ("data.n_step=7", "data")],

@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     output = Path(HydraConfig.get().runtime.output_dir)
     device = utils.choose_device(cfg.device)
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    utils.configure_torch(cfg)
 
     data = utils.make_data(cfg)
     policy, returns = utils.make_networks(cfg, data, device)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import hydra
 import studies
-import torch
 import utils
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -72,9 +71,7 @@ def run(cfg: DictConfig) -> Path:
 
 @hydra.main(config_path=".", config_name="inference_study", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    if cfg.num_threads is not None:
-        torch.set_num_threads(cfg.num_threads)
-    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    utils.configure_torch(cfg)
     path = run(cfg)
     tqdm.write(f"Rows in {path}, picture in {path.with_suffix('.png')}")
 

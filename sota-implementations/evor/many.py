@@ -325,7 +325,7 @@ def main(cfg: DictConfig) -> None:
     output = Path(HydraConfig.get().runtime.output_dir)
     device = utils.choose_device(cfg.device)
     torch.manual_seed(cfg.seeds[0])
-    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    utils.configure_torch(cfg)
     programs = [Program(cfg, env.name, env.gamma, device) for env in cfg.envs]
     seconds = train(cfg, programs)
     tqdm.write(f"{programs[0].num_updates} updates in {seconds:.0f} s")

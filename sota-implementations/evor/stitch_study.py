@@ -122,7 +122,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 @hydra.main(config_path=".", config_name="stitch_study", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     variants = make_variants(cfg)
-    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    utils.configure_torch(cfg)
     device = utils.choose_device(cfg.device)
     path = studies.csv_path(cfg.results_dir, "stitch", cfg.env.name)
     for name, variant in variants.items():

@@ -151,7 +151,7 @@ def main(cfg: DictConfig) -> None:
     output = Path(HydraConfig.get().runtime.output_dir)
     device = utils.choose_device(cfg.device)
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    utils.configure_torch(cfg)
     data = make_data(cfg)
     loss, actor, optimizer, updater = make_agent(cfg, make_sizes(cfg, data), device)
     scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)

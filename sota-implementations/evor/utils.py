@@ -117,6 +117,22 @@ def choose_device(device: str | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def configure_torch(cfg: DictConfig) -> None:
+    """Precision of float32 products, and threads on a CPU where the configuration says so.
+
+    Raises:
+        ValueError: if ``num_threads`` is neither null nor an integer of at least 1.
+    """
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    if cfg.num_threads is None:
+        return
+    if not isinstance(cfg.num_threads, int) or cfg.num_threads < 1:
+        raise ValueError(
+            f"num_threads must be null or an integer of at least 1, got {cfg.num_threads!r}."
+        )
+    torch.set_num_threads(cfg.num_threads)
+
+
 def make_data(cfg: DictConfig) -> OGBenchExperienceReplay:
     """The offline replay buffer; collects or downloads its data on first use."""
     return OGBenchExperienceReplay(
