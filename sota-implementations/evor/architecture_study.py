@@ -15,7 +15,7 @@ from pathlib import Path
 
 import figures
 import hydra
-import torch
+import utils
 import value_study
 from hydra.core.hydra_config import HydraConfig
 from matplotlib import pyplot as plt
@@ -141,7 +141,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 @hydra.main(config_path=".", config_name="architecture_study", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    torch.set_num_threads(cfg.num_threads)
+    utils.configure_threads(cfg.num_threads)
     variants = make_variants(cfg)
     output = Path(cfg.output or HydraConfig.get().runtime.output_dir)
     output.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import hydra
 import studies
-import torch
 import utils
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -105,8 +104,7 @@ def evaluate(cfg: DictConfig, run: Path, noise: float, tau_rs: list[float], path
 @hydra.main(config_path=".", config_name="noise_study", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     noises, tau_rs, seeds = check(cfg)
-    if cfg.num_threads is not None:
-        torch.set_num_threads(cfg.num_threads)
+    utils.configure_threads(cfg.num_threads)
     path = studies.csv_path(cfg.results_dir, "noise", cfg.env.name)
     rows = []
     with tqdm(total=len(noises) * len(seeds), unit="run") as bar:

@@ -107,12 +107,13 @@ class Estimator:
             generator=self.generator,
         )
 
-    def text(self, statistic, *scores: np.ndarray) -> str:
-        """``estimate [low, high]`` in percent."""
-        value, interval = 100 * statistic(*scores), self.interval(statistic, *scores)
+    def text(self, statistic, *scores: np.ndarray, scale: float = 100.0, form: str = ".1f") -> str:
+        """``estimate [low, high]``, in percent by default."""
+        value, interval = statistic(*scores), self.interval(statistic, *scores)
         if interval is None:
-            return f"{value:.1f} (1 seed)"
-        return f"{value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+            return f"{number(value, form, scale)} (1 seed)"
+        low, high = (number(end, form, scale) for end in interval)
+        return f"{number(value, form, scale)} [{low}, {high}]"
 
 
 def group(rows: list[ResultRow]) -> dict[str, list[Method]]:
@@ -282,6 +283,7 @@ def plot_environment(env: str, methods: list[Method], estimator: Estimator, path
     """Mean success with interval, dots for single seeds; tasks beside it."""
     if not _has_matplotlib:
         raise ImportError("plots need matplotlib: pip install matplotlib, or pass --no-plots.")
+    import figures
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.2 + 0.45 * len(methods)), layout="constrained")
@@ -305,9 +307,7 @@ def plot_environment(env: str, methods: list[Method], estimator: Estimator, path
         axis.set(xlabel="success (%)", xlim=(-3, 103))
         axis.grid(axis="x", alpha=0.3)
     figure.suptitle(env)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    figures.save(figure, path, dpi=120)
 
 
 def renew(readme: Path, text: str) -> None:

@@ -118,19 +118,24 @@ def choose_device(device: str | None) -> torch.device:
 
 
 def configure_torch(cfg: DictConfig) -> None:
-    """Precision of float32 products, and threads on a CPU where the configuration says so.
+    """Precision of float32 products, and threads on a CPU."""
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    configure_threads(cfg.num_threads)
+
+
+def configure_threads(num_threads: int | None) -> None:
+    """Sets PyTorch's threads on a CPU; None leaves its own choice.
 
     Raises:
-        ValueError: if ``num_threads`` is neither null nor an integer of at least 1.
+        ValueError: if ``num_threads`` is neither None nor an integer of at least 1.
     """
-    torch.set_float32_matmul_precision(cfg.matmul_precision)
-    if cfg.num_threads is None:
+    if num_threads is None:
         return
-    if not isinstance(cfg.num_threads, int) or cfg.num_threads < 1:
+    if not isinstance(num_threads, int) or num_threads < 1:
         raise ValueError(
-            f"num_threads must be null or an integer of at least 1, got {cfg.num_threads!r}."
+            f"num_threads must be null or an integer of at least 1, got {num_threads!r}."
         )
-    torch.set_num_threads(cfg.num_threads)
+    torch.set_num_threads(num_threads)
 
 
 def make_data(cfg: DictConfig) -> OGBenchExperienceReplay:

@@ -19,12 +19,15 @@ import os
 import time
 from pathlib import Path
 
+import figures
 import hydra
-import matplotlib
 import numpy as np
 import torch
+import utils
 from hydra.core.hydra_config import HydraConfig
+from matplotlib import pyplot as plt
 from omegaconf import DictConfig
+from report import Estimator, table
 from torch import Tensor
 from torchrl.objectives import SoftUpdate
 from tqdm import tqdm
@@ -44,10 +47,7 @@ from torchrl_evor import (
     VelocityMLP,
 )
 from torchrl_evor.modules.functional import TD_TARGETS
-from torchrl_evor.record import mean, stratified_bootstrap
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from torchrl_evor.record import mean
 
 LABELS = ("problem", "method", "updates", "seconds", "seed")
 Truth = ExactReturns | MonteCarloReturns
@@ -181,32 +181,21 @@ def summary(rows: list[dict]) -> str:
     Returns:
         One table for each problem, its methods in the order of the rows.
     """
-    lines = []
+    estimator = Estimator(num_resamples=2000, confidence=0.95, seed=0, single=True)
+    parts = []
     for problem in dict.fromkeys(row["problem"] for row in rows):
         chosen = [row for row in rows if row["problem"] == problem]
         last = max(row["updates"] for row in chosen)
         chosen = [row for row in chosen if row["updates"] == last]
         columns = measures(chosen)
-        lines += [f"{problem}, {last:,} updates:", "", _line(["method", *columns, "seconds"])]
-        lines.append(_line(["---"] * (len(columns) + 2)))
+        lines = []
         for method in dict.fromkeys(row["method"] for row in chosen):
             seeds = [row for row in chosen if row["method"] == method]
-            cells = [_mean_and_interval([row[column] for row in seeds]) for column in columns]
-            lines.append(_line([method, *cells, f"{seeds[0]['seconds']:.0f}"]))
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _mean_and_interval(values: list[float]) -> str:
-    scores = np.array(values)[:, None]
-    if len(values) < 2:
-        return f"{mean(scores):.3f} (1 seed)"
-    interval = stratified_bootstrap(scores, mean, generator=np.random.default_rng(0))
-    return f"{mean(scores):.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+            errors = np.array([[row[column] for column in columns] for row in seeds])
+            cells = [estimator.text(mean, e[:, None], scale=1, form=".3f") for e in errors.T]
+            lines.append([method, *cells, f"{seeds[0]['seconds']:.0f}"])
+        parts += [f"{problem}, {last:,} updates:", table(["method", *columns, "seconds"], lines)]
+    return "\n\n".join(parts) + "\n"
 
 
 def plot(rows: list[dict], path: Path, against: str = "updates") -> None:
@@ -231,15 +220,12 @@ def plot(rows: list[dict], path: Path, against: str = "updates") -> None:
         axis.axis("off")
     axes[0, 0].legend(fontsize=6)
     figure.tight_layout()
-    partial = path.with_suffix(".part")
-    figure.savefig(partial, format="png", dpi=130)
-    plt.close(figure)
-    os.replace(partial, path)
+    figures.save(figure, path, dpi=130)
 
 
 @hydra.main(config_path=".", config_name="value_study", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    torch.set_num_threads(cfg.num_threads)
+    utils.configure_threads(cfg.num_threads)
     output = Path(cfg.output or HydraConfig.get().runtime.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     num_runs = len(cfg.problems) * len(cfg.methods)

@@ -104,8 +104,7 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
     for piece, (start, end, *_, last) in zip(pieces, columns):
         for index in (start, end, last):
             index += piece.start
-    *joined, last = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*columns))
-    return Windows(*joined, last)
+    return Windows(*(torch.from_numpy(np.concatenate(parts)) for parts in zip(*columns)))
 
 
 def _is_last(episode: np.ndarray) -> np.ndarray:
