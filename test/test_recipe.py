@@ -113,6 +113,18 @@ class TestRun:
         assert histories[0] == histories[1]
 
 
+def test_spread_of_the_observations():
+    """Networks see ``spread * (x - mean) / deviation``."""
+    import utils
+
+    statistics = torch.tensor([10.0, -2.0]), torch.tensor([2.0, 8.0])
+    data = SimpleNamespace(observation_statistics=lambda: statistics)
+    mean, unit = utils.input_units(4.0, data)
+    assert mean.tolist() == [10.0, -2.0]
+    assert unit.tolist() == [0.5, 2.0]
+    torch.testing.assert_close(utils.input_units(1, data), statistics)
+
+
 class TestBadInput:
     """Every mistake is named before any work is done."""
 
@@ -126,6 +138,9 @@ class TestBadInput:
             ("eval.final_episodes=0", "eval.final_episodes must be an integer of at least 1"),
             ("eval.episodes=0", "eval.episodes must be an integer of at least 1"),
             ("data.n_step=0", "data.n_step must be an integer of at least 1"),
+            ("data.observation_spread=0", "observation_spread must be positive and finite, got 0"),
+            ("data.observation_spread=.inf", "observation_spread must be positive and finite"),
+            ("data.observation_spread=null", "observation_spread must be positive and finite"),
             ("loss.td_target=exact", "td_target must be one of"),
             ("loss.next_action=best", "next_action must be one of"),
             ("actor.nodes=even", "nodes must be one of"),

@@ -159,7 +159,8 @@ class Program:
             for method, settings in self.settings.items()
         }
         # The same for all tasks, which share their data.
-        self.statistics = next(iter(self.replays.values())).observation_statistics()
+        replay = next(iter(self.replays.values()))
+        self.statistics = utils.input_units(cfg.data.observation_spread, replay)
         self.policy = self._make_policy()
         # Behaviour cloning is the base policy, which the losses of all others train.
         learning = [method for method in cfg.methods if method != "bc"]
@@ -326,6 +327,7 @@ def main(cfg: DictConfig) -> None:
     device = utils.choose_device(cfg.device)
     torch.manual_seed(cfg.seeds[0])
     utils.configure_torch(cfg)
+    utils.check_spread(cfg.data.observation_spread)
     programs = [Program(cfg, env.name, env.gamma, device) for env in cfg.envs]
     seconds = train(cfg, programs)
     tqdm.write(f"{programs[0].num_updates} updates in {seconds:.0f} s")

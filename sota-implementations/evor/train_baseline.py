@@ -55,7 +55,7 @@ def make_sizes(cfg: DictConfig, data: OGBenchExperienceReplay) -> baselines.Size
         num_steps=cfg.policy.num_steps,
         value_steps=cfg.value.num_steps,
         value_solver=cfg.value.solver,
-        observation_statistics=data.observation_statistics(),
+        observation_statistics=utils.input_units(cfg.data.observation_spread, data),
         layer_norm=cfg.value.layer_norm,
         loc=loc,
         scale=scale,

@@ -17,6 +17,7 @@ import results_io
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl._utils import timeit
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
@@ -70,6 +71,7 @@ def check_config(cfg: DictConfig) -> None:
         raise ValueError(
             f"optim.schedule must be 'constant' or 'cosine', got {cfg.optim.schedule!r}."
         )
+    check_spread(cfg.data.observation_spread)
     _check_options(cfg)
     if cfg.resume is not None:
         if not Checkpoint.is_checkpoint(cfg.resume):
@@ -157,11 +159,35 @@ def make_networks(cfg: DictConfig, data: OGBenchExperienceReplay, device: torch.
     row = data[:1]
     policy, returns = build_networks(cfg, row["observation"].shape[-1], row["action"].shape[-1])
     returns.set_normalization(*data.return_statistics(cfg.loss.gamma))
-    # Maze positions lie between 0 and 24: unstandardised, walls are hard to learn.
-    statistics = data.observation_statistics()
-    policy.module.velocity_network.standardize_inputs_(*statistics)
-    returns.velocity_network.standardize_inputs_(*statistics)
+    units = input_units(cfg.data.observation_spread, data)
+    policy.module.velocity_network.standardize_inputs_(*units)
+    returns.velocity_network.standardize_inputs_(*units)
     return policy.to(device), returns.to(device)
+
+
+def input_units(spread: float, data: OGBenchExperienceReplay) -> tuple[Tensor, Tensor]:
+    """Centre and unit of the observations, by which networks start standardised.
+
+    Maze positions lie between 0 and 24: around their own mean, walls are learnt at all, and with
+    a spread above 1 sooner, because units of the first layer bend over a shorter way.
+
+    Args:
+        spread (float): standard deviation of the observations as networks see them.
+        data (OGBenchExperienceReplay): where the observations come from.
+
+    Raises:
+        ValueError: if ``spread`` is not positive and finite.
+    """
+    mean, deviation = data.observation_statistics()
+    return mean, deviation / check_spread(spread)
+
+
+def check_spread(spread: float) -> float:
+    """The value of ``data.observation_spread``."""
+    number = isinstance(spread, (int, float)) and not isinstance(spread, bool)
+    if not number or not 0 < spread < math.inf:
+        raise ValueError(f"observation_spread must be positive and finite, got {spread!r}.")
+    return spread
 
 
 def build_networks(cfg: DictConfig, observation_dim: int, action_dim: int):
