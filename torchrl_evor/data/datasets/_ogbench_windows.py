@@ -104,7 +104,9 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
     for piece, (start, end, *_, last) in zip(pieces, columns):
         for index in (start, end, last):
             index += piece.start
-    return Windows(*(torch.from_numpy(np.concatenate(parts)) for parts in zip(*columns)))
+    # Each column's pieces are freed as soon as they are joined.
+    columns = [*zip(*columns)][::-1]
+    return Windows(*(torch.from_numpy(np.concatenate(columns.pop())) for _ in range(len(columns))))
 
 
 def _is_last(episode: np.ndarray) -> np.ndarray:
