@@ -258,6 +258,19 @@ class TestReport:
         assert cells(text, "evor")[2] == "100.0 [100.0, 100.0]"
         assert cells(text, "bc")[2] == "50.0 [50.0, 50.0]"
 
+    def test_split(self, root):
+        """Two readings of one agent stand side by side; one setting keeps its name."""
+        add_all(root, "evor", [[1.0], [0.5]])
+        add_all(root, "evor", [[0.0], [0.5]], tau_r=30.0)
+        add_all(root, "bc", [[0.0], [0.0]], tau_r=None)
+        text = run(root, "--split", "tau_r", "--reference", "evor tau_r=30.0")
+        assert cells(text, "evor tau_r=inf")[2].startswith("75.0 [")
+        assert cells(text, "evor tau_r=30.0")[2].startswith("25.0 [")
+        assert cells(text, "bc")[2] == "0.0 [0.0, 0.0]"
+        assert "| evor tau_r=30.0 against |" in text and "| evor |" not in text
+        with pytest.raises(ValueError, match="--split must be one of .*got 'seed'"):
+            run(root, "--split", "seed")
+
     def test_missing_seeds_are_an_error(self, root):
         add_all(root, "evor", [[1.0, 1.0], [1.0]])
         with pytest.raises(

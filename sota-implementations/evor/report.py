@@ -7,6 +7,7 @@
     python report.py                                  writes report/report.md and plots
     python report.py --readme ../../README.md         also renews the tables of the README
     python report.py --where evor:tau_r=inf           picks one of several settings
+    python report.py --split tau_r                    shows each of them as a method of its own
 
 Reads results/<env>/<method>.csv (see results_io.py), one row per trained seed and task. Per
 environment: mean and interquartile mean (IQM) of success with intervals by stratified bootstrap
@@ -157,6 +158,23 @@ def select(rows: list[ResultRow], conditions: list[str]) -> list[ResultRow]:
         ]
         if not rows:
             raise ValueError(f"--where {condition} leaves no rows.")
+    return rows
+
+
+def split(rows: list[ResultRow], columns: list[str]) -> list[ResultRow]:
+    """Makes each value of the columns a method of its own, for methods that have several."""
+    for column in columns:
+        if column not in SETTINGS:
+            raise ValueError(f"--split must be one of {', '.join(SETTINGS)}, got {column!r}.")
+        values: dict[str, set] = {}
+        for row in rows:
+            values.setdefault(row.method, set()).add(getattr(row, column))
+        rows = [
+            dataclasses.replace(row, method=f"{row.method} {column}={getattr(row, column)}")
+            if len(values[row.method]) > 1
+            else row
+            for row in rows
+        ]
     return rows
 
 
@@ -323,7 +341,7 @@ def renew(readme: Path, text: str) -> None:
 
 def build(args: argparse.Namespace) -> str:
     """The report's text; writes the plots on the way."""
-    environments = group(select(read_rows(args.results), args.where))
+    environments = group(split(select(read_rows(args.results), args.where), args.split))
     published = read_published(args.published)
     estimator = Estimator(args.num_resamples, args.confidence, args.seed, args.allow_single_seed)
     sections = [
@@ -354,6 +372,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--readme", type=Path, help=f"file whose text between {START} and {END} is replaced")
     add("--published", type=Path, default=HERE / "published.csv", help="cited numbers")
     add("--where", action="append", default=[], metavar="[METHOD:]COLUMN=VALUE", help="row filter")
+    add("--split", action="append", default=[], metavar="COLUMN", help="a method for each value")
     add("--reference", default="evor", help="method that the others are compared with")
     add("--num-resamples", type=int, default=2000, help="bootstrap resamples")
     add("--confidence", type=float, default=0.95, help="mass of the intervals")

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import agents
 import figures
-import matplotlib
 import results_io
 import torch
 import utils
 import value_study
+from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torchrl.checkpoint import Checkpoint
@@ -32,9 +32,6 @@ from torchrl_evor import EVORActor, FlowMatchingPolicy, OGBenchEnv, ReturnFlow
 from torchrl_evor.envs import rollout_episodes
 from torchrl_evor.modules import ReturnModel
 from torchrl_evor.record import wilson_interval
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 # What was measured; all other columns say what was run.
 MEASURED = (

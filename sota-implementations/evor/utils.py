@@ -35,6 +35,7 @@ from torchrl_evor import (
     VelocityMLP,
 )
 from torchrl_evor.envs import resolve_environment, rollout_episodes
+from torchrl_evor.modules.functional import check_positive
 from torchrl_evor.record import wilson_interval
 
 # What a checkpoint must share with the run that continues it.
@@ -59,9 +60,7 @@ def check_config(cfg: DictConfig) -> None:
     """Fails before any work is done, where a value of the configuration cannot be."""
     resolve_environment(env_name(cfg))
     for name in COUNTS:
-        value = OmegaConf.select(cfg, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        check_positive(name, OmegaConf.select(cfg, name))
     if cfg.logger.backend not in ("csv", "wandb", "tensorboard", "none"):
         raise ValueError(
             "logger.backend must be 'csv', 'wandb', 'tensorboard' or 'none', "
@@ -133,7 +132,7 @@ def configure_threads(num_threads: int | None) -> None:
     """
     if num_threads is None:
         return
-    if not isinstance(num_threads, int) or num_threads < 1:
+    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
         raise ValueError(
             f"num_threads must be null or an integer of at least 1, got {num_threads!r}."
         )
