@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -335,6 +336,38 @@ def test_many_runs_leave_a_row_for_each(root):
     assert {(row.method, row.task) for row in rows} == {
         (method, task) for method in ("evor", "scalar", "qc-1", "bc") for task in (1, 2)
     }
+
+
+@pytest.mark.slow
+def test_many_compiled_equals_eager(root, monkeypatch):
+    """``compile=true`` gives the same gradients; noise is fixed, since compilers reorder draws."""
+    from hydra import compose, initialize_config_dir
+    from many import Program
+
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.linspace(-2, 2, x.numel()).view_as(x))
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.linspace(0, 1, x.numel()).view_as(x))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    overrides = [
+        f"data.root={root / 'data'}",
+        "data.num_transitions=4000",
+        "hidden_sizes=[16,16]",
+        "seeds=[0,1]",
+        "tasks=[1,2]",
+        "n_steps=[5]",
+        "policy_steps=2",
+        "value_steps=2",
+    ]
+    gradients = []
+    for mode in ("false", "true"):
+        with initialize_config_dir(str(RECIPE), version_base="1.3"):
+            cfg = compose("many", overrides=[*overrides, f"compile={mode}"])
+        torch.manual_seed(0)
+        program = Program(cfg, "pointmaze-medium-navigate", 0.99, torch.device("cpu"))
+        row = torch.arange(2 * 64).view(2, 64)
+        sum(term.sum() for term in program.compute_terms(row)).backward()
+        gradients.append({k: p.grad for k, p in program.losses["evor"].named_parameters()})
+    for key, eager in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], eager, rtol=1e-4, atol=1e-5)
 
 
 if __name__ == "__main__":

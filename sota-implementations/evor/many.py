@@ -63,11 +63,11 @@ class TaskWindows:
     def __init__(self, replays: dict, settings: list[Setting], gamma: float, device) -> None:
         data = next(iter(replays.values())).transitions
         self.num_seeds = len({setting.seed for setting in settings})
-        self.observation = data["observation"].to(device)
-        self.action = data["action"].to(device)
         # Behind the last transition there is a state whose action is known.
-        self.next_observation = data["next", "observation"].to(device)
-        self.next_action = data["next", "action"].to(device)
+        keys = ("observation", "action", ("next", "observation"), ("next", "action"))
+        # Plain tensors: memory-mapped ones are slow to index and cannot be compiled.
+        columns = [data[key].as_subclass(Tensor).to(device) for key in keys]
+        self.observation, self.action, self.next_observation, self.next_action = columns
         size, valid, tables = len(data), torch.ones(len(data), dtype=torch.bool), {}
         for task, n_step in {(s.task, s.n_step) for s in settings}:
             windows = make_windows(replays[task].transitions, n_step, 1, gamma)
@@ -178,6 +178,9 @@ class Program:
         self.metrics = torch.zeros(1 + len(self.losses), device=device)
         self.stream = torch.cuda.Stream(device) if on_cuda else None
         self.graph = None
+        self.compute_terms = self._compute_terms
+        if cfg.compile:
+            self.compute_terms = torch.compile(self._compute_terms)
         self.num_updates = 0
 
     def _make_policy(self) -> FlowMatchingPolicy:
@@ -232,16 +235,20 @@ class Program:
             raise ValueError(f"methods must be 'evor', 'scalar', 'qc-1' or 'bc', got {method!r}.")
         return loss.make_value_estimator(gamma=self.gamma)
 
-    def _update(self) -> None:
+    def _compute_terms(self, row: Tensor) -> list[Tensor]:
+        """Losses of base policies and value networks, means over the batch."""
         first = next(iter(self.windows.values()))
-        row = first.rows(self.cfg.data.batch_size)
-        # Means over the batch and sums over models give each model the gradient it has alone.
         terms = [self._first_loss.actor_loss(first.policy_batch(row))[0]]
         for method, loss in self.losses.items():
             regression = loss.value_loss if method == "evor" else loss.qvalue_loss
             terms.append(regression(self.windows[method].value_batch(row))[0])
-        terms = [term.mean(-1) for term in terms]
+        return [term.mean(-1) for term in terms]
+
+    def _update(self) -> None:
+        row = next(iter(self.windows.values())).rows(self.cfg.data.batch_size)
+        terms = self.compute_terms(row)
         self.optimizer.zero_grad()
+        # Sums over models give each model the gradient it has alone.
         sum(term.sum() for term in terms).backward()
         self.optimizer.step()
         for updater in self.updaters:
