@@ -96,17 +96,20 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
     episode = data["episode"].numpy()
     terminal = data["next", "terminated"].numpy().ravel()
     reward = data["next", "reward"].numpy().ravel()
-    pieces = _pieces(episode)
-    columns = [
-        _windows_of(episode[piece], terminal[piece], reward[piece], n_step, chunk_size, gamma)
-        for piece in pieces
-    ]
-    for piece, (start, end, *_, last) in zip(pieces, columns):
-        for index in (start, end, last):
+    # Filled piece by piece, so that nothing is held twice; pages that stay empty cost nothing.
+    types = (np.int64, np.int64, np.float32, bool, bool, np.int64)
+    columns = [np.empty(len(episode), dtype) for dtype in types]
+    count = 0
+    for piece in _pieces(episode):
+        inputs = (column[piece] for column in (episode, terminal, reward))
+        parts = _windows_of(*inputs, n_step, chunk_size, gamma)
+        for index in (parts[0], parts[1], parts[-1]):
             index += piece.start
-    # Each column's pieces are freed as soon as they are joined.
-    columns = [*zip(*columns)][::-1]
-    return Windows(*(torch.from_numpy(np.concatenate(columns.pop())) for _ in range(len(columns))))
+        filled = slice(count, count + len(parts[0]))
+        for column, part in zip(columns, parts):
+            column[filled] = part
+        count = filled.stop
+    return Windows(*(torch.from_numpy(column[:count]) for column in columns))
 
 
 def _is_last(episode: np.ndarray) -> np.ndarray:
