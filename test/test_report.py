@@ -195,22 +195,24 @@ class TestReading:
 class TestReport:
     def test_numbers(self, root):
         add_all(root, "evor", [[0.2, 1.0], [0.4, 1.0], [0.6, 1.0]])
-        add_all(root, "bc", [[0.1, 0.0]] * 3, train_seconds=20.0, parameters=None)
+        changes = {"train_seconds": 20.0, "parameters": None, "return_mean": -40.0}
+        add_all(root, "bc", [[0.1, 0.0]] * 3, **changes)
         text = run(root)
         line = cells(text, "evor")
         assert line[1] == "3 × 2"
         assert line[2].startswith("70.0 [") and line[2].endswith("]")
         # sorted .2 .4 .6 1 1 1, one dropped at either end: 3.0 / 4
         assert line[3].startswith("75.0 [")
-        assert line[4:] == ["10", "2.00", "-", "1,234", "-"]
+        assert line[4:] == ["-12.5 [-12.5, -12.5]", "10", "2.00", "-", "1,234", "-"]
         # no spread among the seeds of a task: an interval of width zero
-        assert cells(text, "bc")[2:5] == ["5.0 [5.0, 5.0]", "5.0 [5.0, 5.0]", "20"]
-        assert cells(text, "bc")[7] == "-"
+        assert cells(text, "bc")[2:4] == ["5.0 [5.0, 5.0]", "5.0 [5.0, 5.0]"]
+        assert cells(text, "bc")[4:6] == ["-40.0 [-40.0, -40.0]", "20"]
+        assert cells(text, "bc")[8] == "-"
         tasks = text[text.index("| Method | Task 1 | Task 2 |") :]
         assert cells(tasks, "evor")[1:] == ["40.0", "100.0"]
         comparison = text[text.index("| evor against |") :]
         assert cells(comparison, "bc")[1].startswith("65.0 [")
-        assert cells(comparison, "bc")[2] == "100.0 [100.0, 100.0]"
+        assert cells(comparison, "bc")[2:] == ["100.0 [100.0, 100.0]", "27.5 [27.5, 27.5]"]
         assert "first of 6 runs: `python evor.py seed=0`" in text
 
     def test_published_numbers_stand_apart(self, root):
@@ -220,7 +222,7 @@ class TestReport:
         assert header[-1] == "**Published, not our runs** (%)"
         assert cells(text, "qc-5")[-1] == "66 [63, 70] (arXiv 2507.07969)"
         # Methods that were not run have nothing but their citation.
-        assert cells(text, "*Value Flows*")[1:] == ["-"] * 7 + ["69 ± 4 (arXiv 2510.07650)"]
+        assert cells(text, "*Value Flows*")[1:] == ["-"] * 8 + ["69 ± 4 (arXiv 2510.07650)"]
 
     def test_several_environments(self, root):
         for env, success in ((ENV, 0.0), ("scene-play", 1.0)):

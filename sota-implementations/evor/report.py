@@ -47,7 +47,7 @@ SHARED = ("protocol", "num_transitions", "episodes")
 
 @dataclasses.dataclass
 class Method:
-    """The rows of one method on one environment, and their success as ``[seeds, tasks]``."""
+    """The rows of one method on one environment; success and returns as ``[seeds, tasks]``."""
 
     name: str
     rows: list[ResultRow]
@@ -56,7 +56,7 @@ class Method:
         self.where = f"{self.rows[0].env}, {self.name}"
         self._check_settings()
         self.tasks = sorted({row.task for row in self.rows})
-        self.scores = self._matrix()
+        self.scores, self.returns = self._matrix("success"), self._matrix("return_mean")
 
     def _check_settings(self) -> None:
         for column in SETTINGS:
@@ -67,11 +67,11 @@ class Method:
                     f"{sorted(map(str, values))}. Choose with --where {self.name}:{column}=..."
                 )
 
-    def _matrix(self) -> np.ndarray:
+    def _matrix(self, column: str) -> np.ndarray:
         columns = []
         for task in self.tasks:
             rows = sorted((row for row in self.rows if row.task == task), key=lambda r: r.seed)
-            columns.append([row.success for row in rows])
+            columns.append([getattr(row, column) for row in rows])
         counts = {task: len(column) for task, column in zip(self.tasks, columns)}
         if len(set(counts.values())) > 1:
             raise ValueError(f"{self.where}: as many seeds for each task needed, got {counts}.")
@@ -202,7 +202,7 @@ def main_table(methods: list[Method], published: list[dict], estimator: Estimato
     """Success with intervals and cost of each method; published numbers in the last column."""
     level = f"{100 * estimator.confidence:g} %"
     header = ["Method", "Seeds × tasks", f"Success, mean [{level}]", f"Success, IQM [{level}]"]
-    header += ["Training, s", "ms per decision", "Peak MB", "Parameters"]
+    header += [f"Return, mean [{level}]", "Training, s", "ms per decision", "Peak MB", "Parameters"]
     header += ["**Published, not our runs** (%)"]
     cited = {row["method"]: f"{row['success_percent']} ({row['source']})" for row in published}
     rows = []
@@ -213,6 +213,7 @@ def main_table(methods: list[Method], published: list[dict], estimator: Estimato
                 "{} × {}".format(*method.scores.shape),
                 estimator.text(mean, method.scores),
                 estimator.text(iqm, method.scores),
+                estimator.text(mean, method.returns, scale=1),
                 number(method.average("train_seconds")),
                 number(method.average("eval_seconds_per_decision"), ".2f", 1e3),
                 number(method.average("peak_memory_mb")),
@@ -220,7 +221,7 @@ def main_table(methods: list[Method], published: list[dict], estimator: Estimato
                 cited.pop(method.name, "-"),
             ]
         )
-    rows += [[f"*{name}*", *["-"] * 7, text] for name, text in cited.items()]
+    rows += [[f"*{name}*", *["-"] * 8, text] for name, text in cited.items()]
     return table(header, rows)
 
 
@@ -239,12 +240,14 @@ def comparison_table(methods: list[Method], reference: str, estimator: Estimator
         f"{reference} against",
         f"Difference of means, points [{level}]",
         f"Probability of improvement, % [{level}]",
+        f"Difference of returns [{level}]",
     ]
     rows = [
         [
             other.name,
             estimator.text(mean_difference, first.scores, other.scores),
             estimator.text(probability_of_improvement, first.scores, other.scores),
+            estimator.text(mean_difference, first.returns, other.returns, scale=1),
         ]
         for other in methods
         if other is not first
@@ -354,10 +357,10 @@ def build(args: argparse.Namespace) -> str:
         plot_environment(env, methods, estimator, args.output / f"{env}.png")
         sections.append(f"![Success on {env}]({PLOTS}/{env}.png)")
     note = (
-        "Success in percent. Intervals: stratified bootstrap over the seeds of each task, too "
-        "narrow where seeds are few. Published numbers come from 1M official transitions and 1M "
-        "updates with other code and hardware, some by way of secondary notes; they are not "
-        "comparable with smaller runs."
+        "Success in percent, returns in reward units. Intervals: stratified bootstrap over the "
+        "seeds of each task, too narrow where seeds are few. Published numbers come from 1M "
+        "official transitions and 1M updates with other code and hardware, some by way of "
+        "secondary notes; they are not comparable with smaller runs."
     )
     return "\n\n".join([note, *sections])
 
