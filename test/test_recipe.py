@@ -147,6 +147,7 @@ class TestBadInput:
             ("actor.nodes=even", "nodes must be one of"),
             ("actor.backend=jax", "backend must be one of"),
             ("actor.tau_q=-1", "tau_q"),
+            ("actor.tau_r=.inf", r"tau_r must be a temperature in \[0, inf\], got '.inf'"),
             ("actor.num_candidates=0", "num_candidates"),
             ("value.num_steps=0", "num_steps"),
             ("value.hidden_sizes=[0]", "hidden_sizes"),

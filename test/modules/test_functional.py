@@ -312,6 +312,8 @@ class TestChecks:
         assert [check_temperature("tau_r", value) for value in (0, 2.5, INF)] == [0, 2.5, INF]
         with pytest.raises(ValueError, match=r"tau_r must be a temperature in \[0, inf\], got -1"):
             check_temperature("tau_r", -1)
+        with pytest.raises(ValueError, match=r"tau_r must be .*got '.inf'"):
+            check_temperature("tau_r", ".inf")  # YAML's infinity, where a command line left it text
 
     def test_choice(self):
         assert check_choice("nodes", "random", ("random", "stratified")) == "random"

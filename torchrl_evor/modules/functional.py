@@ -199,10 +199,10 @@ def check_temperature(name: str, value: float) -> float:
     """Returns ``value`` if it is a temperature (``0 <= value <= inf``).
 
     Raises:
-        ValueError: naming ``name``, if ``value`` is negative or NaN.
+        ValueError: naming ``name``, if ``value`` is negative, NaN or text.
     """
-    if not value >= 0:
-        raise ValueError(f"{name} must be a temperature in [0, inf], got {value}.")
+    if isinstance(value, str) or not value >= 0:
+        raise ValueError(f"{name} must be a temperature in [0, inf], got {value!r}.")
     return value
 
 
