@@ -178,14 +178,13 @@ class Program:
         self.metrics = torch.zeros(1 + len(self.losses), device=device)
         self.stream = torch.cuda.Stream(device) if on_cuda else None
         self.graph = None
-        self.compute_terms = self._compute_terms
-        if cfg.compile:
-            self.compute_terms = torch.compile(self._compute_terms)
+        terms = self._compute_terms
+        self.compute_terms = torch.compile(terms) if cfg.compile else terms
         self.num_updates = 0
 
     def _make_policy(self) -> FlowMatchingPolicy:
         """One base policy for each seed, shared by all methods and tasks."""
-        windows = next(iter(self.windows.values()))
+        windows = self._first_windows
         observation_dim, action_dim = windows.observation.shape[-1], windows.action.shape[-1]
         network = self._stack(windows.num_seeds, observation_dim + action_dim + 1, action_dim)
         return FlowMatchingPolicy(network, action_dim, self.cfg.policy_steps).to(self.device)
@@ -237,16 +236,15 @@ class Program:
 
     def _compute_terms(self, row: Tensor) -> list[Tensor]:
         """Losses of base policies and value networks, means over the batch."""
-        first = next(iter(self.windows.values()))
-        terms = [self._first_loss.actor_loss(first.policy_batch(row))[0]]
+        batch = self._first_windows.policy_batch(row)
+        terms = [self._first_loss.actor_loss(batch)[0]]
         for method, loss in self.losses.items():
             regression = loss.value_loss if method == "evor" else loss.qvalue_loss
             terms.append(regression(self.windows[method].value_batch(row))[0])
         return [term.mean(-1) for term in terms]
 
     def _update(self) -> None:
-        row = next(iter(self.windows.values())).rows(self.cfg.data.batch_size)
-        terms = self.compute_terms(row)
+        terms = self.compute_terms(self._first_windows.rows(self.cfg.data.batch_size))
         self.optimizer.zero_grad()
         # Sums over models give each model the gradient it has alone.
         sum(term.sum() for term in terms).backward()
@@ -254,6 +252,10 @@ class Program:
         for updater in self.updaters:
             updater.step()
         self.metrics.copy_(torch.stack([term.detach().mean() for term in terms]))
+
+    @property
+    def _first_windows(self) -> TaskWindows:
+        return next(iter(self.windows.values()))
 
     @property
     def _first_loss(self) -> torch.nn.Module:
