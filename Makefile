@@ -6,6 +6,8 @@ VENV ?= .venv
 # TORCH=torch on a GPU machine takes the build for your CUDA.
 TORCH ?= torch==2.13.0
 RUN = $(VENV)/bin/python
+# setuptools warns of folders that have the name of a package, which ours has on purpose.
+PIP = PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet
 
 .PHONY: train test lint setup bench clean
 
@@ -26,18 +28,18 @@ setup: $(VENV)/.dev
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
+	$(PIP) --upgrade pip
 
 $(VENV)/.torch: $(VENV)/bin/python
-	$(RUN) -m pip install --quiet "$(TORCH)"
+	$(PIP) "$(TORCH)"
 	touch $@
 
 $(VENV)/.train: $(VENV)/.torch setup.py
-	$(RUN) -m pip install --quiet --editable ".[all]"
+	$(PIP) --editable ".[all]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train setup.py
-	$(RUN) -m pip install --quiet --editable ".[dev]"
+	$(PIP) --editable ".[dev]"
 	touch $@
 
 clean:

@@ -120,6 +120,60 @@ class Chain:
         )
 
 
+class SkillOrLuck:
+    """Two ways to a prize that half of the returns hold: one by an action, one by chance.
+
+    From state 0 the action 1 leads to state 1, where action 1 wins ``prize`` and -1 nothing; the
+    action -1 leads to state 2, where either action wins it every second time. The data's policy
+    takes both actions equally often, so both ways have the same law of returns under it.
+    """
+
+    length, gamma, prize = 3, 0.9, 5.0
+
+    encode = Chain.encode
+
+    def sample(self, size: int) -> TensorDict:
+        """Transitions from uniform states; ended episodes go on to state 0, which no one reads."""
+        action, chance, next_action = torch.randint(2, (3, size))
+        state = torch.randint(self.length, (size,))
+        terminated = state > 0
+        won = torch.where(state == 1, action, chance).bool() & terminated
+        observation, taken = self.encode(state, action)
+        following = torch.where(terminated, 0, 2 - action)
+        next_observation, next_taken = self.encode(following, next_action)
+        terminated = terminated.unsqueeze(-1)
+        return TensorDict(
+            observation=observation,
+            action=taken,
+            next=TensorDict(
+                observation=next_observation,
+                action=next_taken,
+                reward=self.prize * won.unsqueeze(-1),
+                done=terminated,
+                terminated=terminated,
+                batch_size=[size],
+            ),
+            batch_size=[size],
+        )
+
+
+class CoinVelocity(nn.Module):
+    """Field that carries N(0, 1) to the actions -1 and 1, equally often, whatever is observed.
+
+    From ``(E[a | a_t] - a_t) / (1 - t)`` with the posterior mean ``tanh(t a_t / (1 - t)^2)``. The
+    parameter is an offset of the velocity, zero at first, to have something to train.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        action, time = inputs[..., -2:-1], inputs[..., -1:]
+        mean = torch.tanh(time * action / (1 - time).square())
+        return (mean - action) / (1 - time) + self.offset
+
+
 class PointEnv(EnvBase):
     """A point in the plane that moves by its action; the reward is the first coordinate."""
 

@@ -74,7 +74,8 @@ def rollout_episodes(
             Defaults to ``None``, the CPU.
         observation_key (NestedKey, optional): the policy's input. Defaults to ``"observation"``.
         action_key (NestedKey, optional): the policy's output. Defaults to ``"action"``.
-        progress (bool, optional): shows a bar of finished episodes. Defaults to ``False``.
+        progress (bool, optional): shows a bar of finished episodes and decisions.
+            Defaults to ``False``.
 
     Returns:
         A TensorDict of batch size ``[num_episodes]`` on the CPU, episode ``i`` at index ``i``:
@@ -177,19 +178,22 @@ def _run(simulators, decide, num_episodes, seed, bar) -> list[_Episode]:
     waiting = iter(range(num_episodes))
     running = [_Episode(i, s, seed + i) for s, i in zip(simulators, waiting)]
     finished: list[_Episode] = []
+    decisions = 0
     while running:
         _advance(running, decide)
+        decisions += 1
         still_running = []
         for episode in running:
             if not episode.done:
                 still_running.append(episode)
                 continue
             finished.append(episode)
-            bar.update(1)
             index = next(waiting, None)
             if index is not None:
                 still_running.append(_Episode(index, episode.simulator, seed + index))
         running = still_running
+        bar.set_postfix(decisions=decisions, refresh=False)
+        bar.update(len(finished) - bar.n)
     return sorted(finished, key=lambda episode: episode.index)
 
 
@@ -238,6 +242,11 @@ def _check_arguments(num_episodes, num_envs, chunk_size, record) -> None:
 
 
 class _NoBar:
+    n = 0
+
+    def set_postfix(self, **values) -> None:
+        pass
+
     def update(self, n: int) -> None:
         pass
 
@@ -252,4 +261,8 @@ def _progress_bar(total: int, progress: bool):
         raise ImportError("progress=True needs tqdm: pip install tqdm.")
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="evaluation", unit="episode", leave=False)
+    # Episodes end all at once after many decisions: the count of these shows that it runs, and
+    # an estimate of the time left would mislead.
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+    options = {"unit": "episode", "leave": False, "miniters": 0, "mininterval": 0.5}
+    return tqdm(total=total, desc="evaluation", bar_format=form, **options)
