@@ -9,7 +9,7 @@ there and makes every count of frames a count of gradient updates.
 :class:`~torchrl_evor.EVORTrainer` is the same with evaluation, checkpoints and
 resumption, for those who need no hooks of their own.
 
-``python examples/with_trainer.py`` collects a small OGBench data set on this
+``python examples/with_trainer.py`` collects an OGBench data set on this
 machine and trains on it; curves go to ``--log-dir`` as csv files.
 """
 
@@ -22,7 +22,7 @@ from torchrl.data import TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
 from torchrl.record.loggers import Logger
-from torchrl.trainers import TargetNetUpdaterHook, Trainer
+from torchrl.trainers import LRSchedulerHook, TargetNetUpdaterHook, Trainer
 
 from torchrl_evor import (
     EVORLoss,
@@ -39,17 +39,25 @@ UPDATES_PER_TURN = 10  # of the trainer's outer loop, where it logs
 def make_loss(
     data: TensorDictReplayBuffer,
     gamma: float,
-    loc: float,
-    scale: float,
+    return_units: tuple[float, float],
+    input_units: tuple[torch.Tensor, torch.Tensor],
     hidden_sizes: tuple[int, ...] = (256, 256, 256),
 ) -> EVORLoss:
-    """Networks and loss for the shapes of ``data``."""
+    """Networks and loss for the shapes of ``data``.
+
+    ``return_units`` and ``input_units`` are mean and deviation of the returns and, ``[obs]``, of
+    the observations.
+    """
     batch = data.sample()
     obs, act = batch["observation"].shape[-1], batch["action"].shape[-1]
-    hidden = {"hidden_sizes": hidden_sizes}
+    hidden = {"hidden_sizes": hidden_sizes, "activation": "gelu"}
     policy = FlowMatchingPolicy(VelocityMLP(obs + act + 1, act, **hidden), act)
     network = VelocityMLP(obs + act + 2, 1, layer_norm=True, **hidden)
-    returns = ReturnFlow(network, loc=loc, scale=scale)
+    loc, scale = return_units
+    returns = ReturnFlow(network, num_steps=4, solver="midpoint", loc=loc, scale=scale)
+    mean, deviation = input_units
+    for velocity in (policy.module.velocity_network, network):
+        velocity.standardize_inputs_(mean, deviation / 2)  # more than standardised: sharper walls
     return EVORLoss(policy, returns, next_action="dataset").make_value_estimator(gamma=gamma)
 
 
@@ -63,13 +71,15 @@ def make_trainer(
 ) -> Trainer:
     """TorchRL's trainer over a fixed data set."""
     source = OfflineSource(data, UPDATES_PER_TURN)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     trainer = Trainer(
         collector=source,
         total_frames=updates,
         frame_skip=1,
         optim_steps_per_batch=UPDATES_PER_TURN,
         loss_module=loss,
-        optimizer=torch.optim.Adam(loss.parameters(), lr=3e-4),
+        optimizer=optimizer,
         optimization_stepper=LossSumStepper(),
         logger=logger,
         log_interval=log_interval,
@@ -77,6 +87,7 @@ def make_trainer(
     )
     source.register(trainer)  # the data
     trainer.register_op("post_optim", TargetNetUpdaterHook(SoftUpdate(loss, tau=0.02)))
+    LRSchedulerHook(schedule, interval="optim").register(trainer)
     trainer.register_op("post_optim_complete_log", progress)
     return trainer
 
@@ -89,8 +100,8 @@ def progress(updates: int, losses) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="pointmaze-medium-navigate-singletask-task1-v0")
-    parser.add_argument("--num-transitions", type=int, default=300_000)
-    parser.add_argument("--updates", type=int, default=10_000)
+    parser.add_argument("--num-transitions", type=int, default=1_000_000)
+    parser.add_argument("--updates", type=int, default=12_000)
     parser.add_argument("--log-dir", default="outputs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -99,12 +110,12 @@ def main() -> None:
     data = OGBenchExperienceReplay(
         args.dataset,
         batch_size=256,
-        n_step=300,
+        n_step=50,
         gamma=gamma,
         source="local",
         num_transitions=args.num_transitions,
     )
-    loss = make_loss(data, gamma, *data.return_statistics())
+    loss = make_loss(data, gamma, data.return_statistics(), data.observation_statistics())
     logger = CSVLogger(exp_name="with_trainer", log_dir=args.log_dir)
     make_trainer(loss, data, args.updates, logger).train()
 
