@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from functools import partial
 
 import numpy as np
@@ -356,6 +357,19 @@ class TestRolloutEpisodes:
         rollout_episodes(Counter, policy, 4, seed=0, num_envs=4)
         # lengths 2, 3, 4, 5
         assert sizes == [4, 4, 3, 2, 1]
+
+    def test_progress(self, capsys):
+        """Before an episode ends decisions are counted, with no guess of the time left."""
+        pytest.importorskip("tqdm")
+
+        def policy(td):
+            time.sleep(0.6)  # longer than the bar rests between two lines
+            return self.policy(td)
+
+        rollout_episodes(Counter, policy, 3, seed=0, num_envs=3, progress=True)
+        lines = capsys.readouterr().err.split("\r")
+        assert any("| 0/3 [00:00, decisions=1]" in line for line in lines)
+        assert any("| 1/3 [00:01, decisions=2]" in line for line in lines)
 
     def test_traces(self):
         result = rollout_episodes(Counter, self.policy, 2, seed=2, record=("observation", "action"))
