@@ -93,7 +93,13 @@ def run(name: str, cfg: DictConfig, path: Path, device: torch.device) -> None:
 
 def settings(cfg: DictConfig) -> str:
     """What else distinguishes two runs of a variant, in one cell."""
-    parts = {**cfg.actor, "gamma": cfg.loss.gamma, "tau": cfg.loss.tau, "lr": cfg.optim.lr}
+    parts = {
+        "chunk_size": cfg.chunk_size,
+        **cfg.actor,
+        "gamma": cfg.loss.gamma,
+        "tau": cfg.loss.tau,
+        "lr": cfg.optim.lr,
+    }
     parts.update(batch_size=cfg.data.batch_size, spread=cfg.data.observation_spread)
     parts.update(policy_steps=cfg.policy.num_steps, value_steps=cfg.value.num_steps)
     if cfg.loss.next_action == "improved":
