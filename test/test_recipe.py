@@ -114,6 +114,78 @@ class TestRun:
         assert histories[0] == histories[1]
 
 
+def test_chunks_of_actions(root):
+    """The whole way in chunks of three actions, up to a study of the finished run."""
+    import studies
+
+    output = root / "chunks"
+    result = run(
+        "evor.py",
+        root,
+        *SMALL,
+        "chunk_size=3",
+        "data.n_step=2",
+        "optim.num_updates=2",
+        "results_dir=results",
+        f"hydra.run.dir={output}",
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    for name in ("reward_to_go.png", "maze.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG"), name
+    (path,) = (root / "results").rglob("*.csv")
+    (row,) = studies.read(path)
+    assert path.stem == row["method"] == "evor-3"
+    trained = studies.load(output)
+    assert (trained.method, trained.chunk_size) == ("evor-3", 3)
+    actor = studies.make_actor(trained, {"num_candidates": 2, "num_samples": 2})
+    columns = studies.evaluate(trained, actor, episodes=1, seed=0, num_envs=1)
+    assert columns["length_mean"] == 1000 and columns["latency_seconds"] > 0
+
+
+def test_law_of_chunks_is_compared_at_the_right_actions(tmp_path):
+    """Each row of the picture holds the chunk that starts at its observation."""
+    import figures
+
+    from torchrl_evor.data.datasets import make_windows
+
+    steps, chunk = 40, 3
+    index = torch.arange(2 * steps)
+    episode, time = index // steps, index % steps
+    transitions = TensorDict(
+        episode=episode,
+        observation=index.unsqueeze(-1).float(),
+        action=100 + index.unsqueeze(-1).float(),
+        next=TensorDict(
+            observation=index.unsqueeze(-1) + 1.0,
+            action=101 + index.unsqueeze(-1).float(),
+            reward=-torch.ones(2 * steps, 1),
+            terminated=((time == steps - 1) & (episode == 1)).unsqueeze(-1),
+            batch_size=[2 * steps],
+        ),
+        batch_size=[2 * steps],
+    )
+    seen = []
+
+    class Returns:
+        loc = torch.zeros(())
+
+        def record(self, observation, action, num):
+            behind_terminal = observation[:, 0] == 2 * steps  # nothing is bootstrapped there
+            seen.append((action - observation)[~behind_terminal])
+            return torch.randn(len(observation), num)
+
+        sample = quantiles = record
+
+    actor = SimpleNamespace(returns=Returns())
+    data = SimpleNamespace(transitions=transitions)
+    figures.reward_to_go(data, actor, 0.9, tmp_path / "law.png", chunk_size=chunk, num_neighbours=5)
+    ends = make_windows(transitions, 2 * steps, chunk, 0.9).end
+    assert ends[0] == steps - chunk  # a whole next chunk follows
+    assert len(seen) == 9  # all states once, then law and continuation of four states
+    offset = torch.cat(seen)
+    torch.testing.assert_close(offset, torch.tensor([100.0, 101.0, 102.0]).expand_as(offset))
+
+
 def test_spread_of_the_observations():
     """Networks see ``spread * (x - mean) / deviation``."""
     import utils

@@ -57,7 +57,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.results_dir is not None:
         utils.append_result(cfg, run, actor, episodes)
     figures.learning_curve(run.history, output / "learning_curve.png")
-    figures.reward_to_go(data, actor, cfg.loss.gamma, output / "reward_to_go.png")
+    path = output / "reward_to_go.png"
+    figures.reward_to_go(data, actor, cfg.loss.gamma, path, chunk_size=cfg.chunk_size)
     if "maze" in cfg.env.name:
         figures.maze(data, actor, episodes, utils.env_name(cfg), output / "maze.png")
     tqdm.write(f"Curves, pictures, logs and the checkpoint are in {output}")

@@ -55,6 +55,7 @@ def reward_to_go(
     actor: EVORActor,
     gamma: float,
     path: Path,
+    chunk_size: int = 1,
     num_states: int = 4,
     num_neighbours: int = 300,
 ) -> None:
@@ -67,23 +68,30 @@ def reward_to_go(
     that have the most of their trajectory before them are shown.
     """
     transitions = data.transitions
-    windows = make_windows(transitions, len(transitions), 1, gamma)
+    windows = make_windows(transitions, len(transitions), chunk_size, gamma)
     # By position alone: to keep whatever has terminated would favour good returns.
     remaining = windows.last - windows.start
     kept = remaining >= remaining.median()
     rows, end = windows.start[kept], windows.end[kept]
-    observation, action = transitions["observation"][rows], transitions["action"][rows]
+    steps = torch.arange(chunk_size)
+    observation = transitions["observation"][rows]
     device = actor.returns.loc.device
 
+    def chunks(actions: Tensor, first: Tensor) -> Tensor:
+        # Behind a terminal, where the next chunk does not count, it may leave the data.
+        index = (first.unsqueeze(-1) + steps).clamp_max(len(actions) - 1)
+        return actions[index].flatten(-2).to(device)
+
     def data_returns(index: Tensor) -> Tensor:
-        following = transitions["next"][end[index]].to(device)
-        rest = actor.returns.sample(following["observation"], following["action"], 1)
+        following = transitions["next", "observation"][end[index]].to(device)
+        action = chunks(transitions["next", "action"], end[index])
+        rest = actor.returns.sample(following, action, 1)
         weight = gamma ** (end[index] - rows[index] + 1) * ~windows.terminated[kept][index]
         return windows.reward[kept][index] + weight * rest.squeeze(-1).cpu()
 
     def law(index: Tensor, num_quantiles: int) -> Tensor:
-        x, a = observation[index].to(device), action[index].to(device)
-        return actor.returns.quantiles(x, a, num_quantiles).cpu()
+        action = chunks(transitions["action"], rows[index])
+        return actor.returns.quantiles(observation[index].to(device), action, num_quantiles).cpu()
 
     subset = torch.randperm(len(rows))[:5000]
     means = law(subset, 8).mean(-1)

@@ -64,7 +64,7 @@ def make_agent(cfg: DictConfig, data, device: torch.device):
 def run(name: str, cfg: DictConfig, path: Path, device: torch.device) -> None:
     """Trains a variant in pieces and adds a row of raw numbers after each."""
     torch.manual_seed(cfg.seed)
-    data = train_baseline.make_data(cfg)
+    data = utils.make_data(cfg)
     loss, actor, optimizer, updater = make_agent(cfg, data, device)
     scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
     piece = OmegaConf.merge(cfg, {"optim": {"num_updates": cfg.eval.interval}})

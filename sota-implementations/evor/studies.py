@@ -54,6 +54,7 @@ class Trained:
     task: int
     method: str
     seed: int
+    chunk_size: int = 1
 
     @property
     def env_name(self) -> str:
@@ -106,7 +107,9 @@ def _load_run(folder: Path, device) -> Trained:
         saved.load(folder)
         cfg = OmegaConf.create(saved.components["config"])
         env = OGBenchEnv(utils.env_name(cfg))
-        sizes = env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1]
+        chunk_size = cfg.get("chunk_size", 1)  # checkpoints from before there were chunks
+        action_dim = chunk_size * env.action_spec.shape[-1]
+        sizes = env.observation_spec["observation"].shape[-1], action_dim
         env.close()
         # Units and weights come with the checkpoint.
         policy, returns = utils.build_networks(cfg, *sizes)
@@ -117,7 +120,13 @@ def _load_run(folder: Path, device) -> Trained:
             f"checkpoint={str(folder)!r} does not fit the networks of its configuration, or is "
             f"not of evor.py: {error!r}"
         ) from error
-    labels = {"env": cfg.env.name, "task": cfg.env.task, "method": "evor", "seed": cfg.seed}
+    labels = {
+        "env": cfg.env.name,
+        "task": cfg.env.task,
+        "method": utils.method_name("evor", chunk_size),
+        "seed": cfg.seed,
+        "chunk_size": chunk_size,
+    }
     return Trained(policy.to(device), returns.to(device), **labels)
 
 
@@ -170,6 +179,7 @@ def evaluate(
             episodes,
             seed=seed,
             num_envs=num_envs,
+            chunk_size=trained.chunk_size,
             device=device,
             record=("observation",),
         )

@@ -26,21 +26,6 @@ from torchrl_evor import OGBenchEnv, OGBenchExperienceReplay
 from torchrl_evor.envs import rollout_episodes
 
 
-def make_data(cfg: DictConfig) -> OGBenchExperienceReplay:
-    """The offline replay buffer of :func:`utils.make_data`, in chunks."""
-    return OGBenchExperienceReplay(
-        utils.env_name(cfg),
-        batch_size=cfg.data.batch_size,
-        n_step=cfg.data.n_step,
-        chunk_size=cfg.chunk_size,
-        gamma=cfg.loss.gamma,
-        source=cfg.data.source,
-        root=cfg.data.root,
-        directory=cfg.data.directory,
-        num_transitions=cfg.data.num_transitions if cfg.data.source == "local" else None,
-    )
-
-
 def make_sizes(cfg: DictConfig, data: OGBenchExperienceReplay) -> baselines.Sizes:
     """Sizes and units, from a row of the data and its empirical returns."""
     row = data[:1]
@@ -119,12 +104,11 @@ def evaluate(cfg: DictConfig, actor, device: torch.device) -> TensorDictBase:
 
 
 def make_row(cfg: DictConfig, actor, episodes: TensorDictBase, seconds: float, device) -> dict:
-    """Row of results; QC and everything in chunks carry their length in the method's name."""
-    named = cfg.method == "qc" or cfg.chunk_size > 1
+    """Row of results."""
     row = {
         "env": cfg.env.name,
         "task": cfg.env.task,
-        "method": f"{cfg.method}-{cfg.chunk_size}" if named else cfg.method,
+        "method": utils.method_name(cfg.method, cfg.chunk_size),
         "seed": cfg.seed,
         "protocol": cfg.protocol,
         "num_updates": cfg.optim.num_updates,
@@ -152,7 +136,7 @@ def main(cfg: DictConfig) -> None:
     device = utils.choose_device(cfg.device)
     torch.manual_seed(cfg.seed)
     utils.configure_torch(cfg)
-    data = make_data(cfg)
+    data = utils.make_data(cfg)
     loss, actor, optimizer, updater = make_agent(cfg, make_sizes(cfg, data), device)
     scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
     seconds = train(cfg, data, loss, optimizer, scheduler, updater, device)

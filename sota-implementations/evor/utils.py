@@ -39,8 +39,9 @@ from torchrl_evor.modules.functional import check_positive
 from torchrl_evor.record import wilson_interval
 
 # What a checkpoint must share with the run that continues it.
-IDENTITY = ("env", "data", "policy", "value", "loss", "optim", "seed")
+IDENTITY = ("env", "chunk_size", "data", "policy", "value", "loss", "optim", "seed")
 COUNTS = (
+    "chunk_size",
     "data.batch_size",
     "data.n_step",
     "optim.num_updates",
@@ -105,10 +106,10 @@ def load_progress(cfg: DictConfig) -> dict:
         if config["optim"]["schedule"] == "constant":  # which knows no end, and may be extended
             config["optim"] = {**config["optim"], "num_updates": None}
     for group in IDENTITY:
-        if then[group] != now[group]:
+        if then.get(group) != now[group]:
             raise ValueError(
                 f"resume={cfg.resume!r} belongs to another configuration: {group} was "
-                f"{then[group]}, this run has {now[group]}."
+                f"{then.get(group)}, this run has {now[group]}."
             )
     return saved.components["progress"]
 
@@ -145,6 +146,7 @@ def make_data(cfg: DictConfig) -> OGBenchExperienceReplay:
         env_name(cfg),
         batch_size=cfg.data.batch_size,
         n_step=cfg.data.n_step,
+        chunk_size=cfg.chunk_size,
         gamma=cfg.loss.gamma,
         source=cfg.data.source,
         root=cfg.data.root,
@@ -251,7 +253,7 @@ def make_actor(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow)
 def evaluate(
     cfg: DictConfig, actor: EVORActor, num_episodes: int, progress: bool = False
 ) -> TensorDictBase:
-    """Whole episodes, one actor call per step for all that are running.
+    """Whole episodes, one actor call per decision for all that are running.
 
     Random numbers are the evaluation's own, so that it does not change the
     training that follows. Exploration is RANDOM: ``actor.tau_q`` decides.
@@ -266,6 +268,7 @@ def evaluate(
             num_episodes,
             seed=cfg.eval.seed,
             num_envs=cfg.eval.num_envs,
+            chunk_size=cfg.chunk_size,
             record=("observation",),
             device=device,
             progress=progress,
@@ -380,7 +383,7 @@ def append_result(cfg: DictConfig, run: Run, actor: EVORActor, episodes: TensorD
     row = {
         "env": cfg.env.name,
         "task": cfg.env.task,
-        "method": "evor",
+        "method": method_name("evor", cfg.chunk_size),
         "seed": cfg.seed,
         "protocol": cfg.protocol,
         "num_updates": run.step,
@@ -399,7 +402,12 @@ def append_result(cfg: DictConfig, run: Run, actor: EVORActor, episodes: TensorD
         "command": " ".join(["python", *sys.argv]),
         **episode_columns(episodes),
     }
-    results_io.append_row(Path(cfg.results_dir) / cfg.env.name / "evor.csv", row)
+    results_io.append_row(Path(cfg.results_dir) / cfg.env.name / f"{row['method']}.csv", row)
+
+
+def method_name(method: str, chunk_size: int) -> str:
+    """Name in tables: Q-chunking, and all that decides in chunks, carries their length."""
+    return f"{method}-{chunk_size}" if method == "qc" or chunk_size > 1 else method
 
 
 def episode_columns(episodes: TensorDictBase) -> dict[str, float]:
