@@ -273,6 +273,20 @@ class TestReport:
         with pytest.raises(ValueError, match="--split must be one of .*got 'seed'"):
             run(root, "--split", "seed")
 
+    def test_references(self, root):
+        """Each environment is compared with those of the references that it has."""
+        add_all(root, "evor", [[1.0], [1.0]])
+        add_all(root, "bc", [[0.0], [0.0]])
+        add_all(root, "bc", [[0.0], [0.0]], env="scene-play")
+        add_all(root, "evor-5", [[0.5], [0.5]], env="scene-play")
+        medium, large = run(root, "--reference", "evor", "--reference", "evor-5").split(
+            "### scene-play"
+        )
+        assert "| evor against |" in medium and "| evor-5 against |" not in medium
+        assert "| evor-5 against |" in large and "| evor against |" not in large
+        with pytest.raises(ValueError, match=r"--reference must be one of .*got \['qc-7'\]"):
+            run(root, "--reference", "qc-7")
+
     def test_missing_seeds_are_an_error(self, root):
         add_all(root, "evor", [[1.0, 1.0], [1.0]])
         with pytest.raises(

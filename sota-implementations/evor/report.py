@@ -268,12 +268,17 @@ def settings_list(methods: list[Method]) -> str:
 
 
 def environment_section(
-    env: str, methods: list[Method], published: list[dict], reference: str, estimator: Estimator
+    env: str,
+    methods: list[Method],
+    published: list[dict],
+    references: list[str],
+    estimator: Estimator,
 ) -> str:
     """Everything about one environment."""
     parts = [f"### {env}", main_table(methods, published, estimator), task_table(methods)]
-    if len(methods) > 1 and reference in [method.name for method in methods]:
-        parts.append(comparison_table(methods, reference, estimator))
+    here = [name for name in references if name in [method.name for method in methods]]
+    if len(methods) > 1:
+        parts += [comparison_table(methods, name, estimator) for name in here]
     parts.append(settings_list(methods))
     return "\n\n".join(parts)
 
@@ -345,10 +350,14 @@ def renew(readme: Path, text: str) -> None:
 def build(args: argparse.Namespace) -> str:
     """The report's text; writes the plots on the way."""
     environments = group(split(select(read_rows(args.results), args.where), args.split))
+    names = {method.name for methods in environments.values() for method in methods}
+    if args.reference is not None and (unknown := sorted(set(args.reference) - names)):
+        raise ValueError(f"--reference must be one of {sorted(names)}, got {unknown}.")
+    references = ["evor"] if args.reference is None else args.reference
     published = read_published(args.published)
     estimator = Estimator(args.num_resamples, args.confidence, args.seed, args.allow_single_seed)
     sections = [
-        environment_section(env, methods, published.get(env, []), args.reference, estimator)
+        environment_section(env, methods, published.get(env, []), references, estimator)
         for env, methods in environments.items()
     ]
     if len(environments) > 1:
@@ -376,7 +385,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--published", type=Path, default=HERE / "published.csv", help="cited numbers")
     add("--where", action="append", default=[], metavar="[METHOD:]COLUMN=VALUE", help="row filter")
     add("--split", action="append", default=[], metavar="COLUMN", help="a method for each value")
-    add("--reference", default="evor", help="method that the others are compared with")
+    text = "method that the others are compared with, one for each use; evor by default"
+    add("--reference", action="append", metavar="METHOD", help=text)
     add("--num-resamples", type=int, default=2000, help="bootstrap resamples")
     add("--confidence", type=float, default=0.95, help="mass of the intervals")
     add("--seed", type=int, default=0, help="seed of the bootstrap")
