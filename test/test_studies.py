@@ -189,8 +189,8 @@ class TestBadInput:
             ("variants=null", "variants must hold"),
             ("eval.interval=7", "must be a multiple of eval.interval"),
             ("+variants.dataset.data.steps=3", "variants.dataset does not fit baselines.yaml"),
-            ("improved.num_candidates=0", "improved.num_candidates"),
-            ("improved.tau_r=-1", "improved.tau_r"),
+            ("loss.improved.num_candidates=0", "num_candidates must be"),
+            ("loss.improved.tau_r=-1", "tau_r must"),
         ],
     )
     def test_stitch(self, override, message):
@@ -335,9 +335,10 @@ def test_stitch_study(root):
         "actor.num_candidates=1",
         "actor.num_samples=1",
         "baseline.num_candidates=2",
+        "loss.improved.num_candidates=2",
         "device=cpu",
     )
-    rows = check_outputs(root, "stitch", "pointmaze-medium-stitch", 8)
+    rows = check_outputs(root, "stitch", "pointmaze-medium-stitch", 10)
     seconds = [float(r["train_seconds"]) for r in rows if r["method"] == "improved"]
     assert len(seconds) == 2 and 0 < seconds[0] < seconds[1]
 

@@ -123,6 +123,7 @@ def make_baseline(
     *,
     td_target: str = "bellman",
     next_action: str = "dataset",
+    improved: Mapping | None = None,
     actor: Mapping | None = None,
     num_critics: int = 2,
     num_candidates: int = 32,
@@ -139,6 +140,7 @@ def make_baseline(
     Keyword Args:
         td_target (str, optional): of EVOR.
         next_action (str, optional): of EVOR and of the critics of the same problem.
+        improved (mapping, optional): options of :class:`EVORLoss` for ``next_action="improved"``.
         actor (mapping, optional): options of :class:`EVORActor`.
         num_critics (int, optional): ensemble of Q-chunking.
         num_candidates (int, optional): candidates at Q-chunking's next states.
@@ -157,7 +159,8 @@ def make_baseline(
         return FlowBCLoss(policy), policy
     if method == "evor":
         returns = sizes.returns()
-        loss = EVORLoss(policy, returns, td_target=td_target, next_action=next_action)
+        options = {"td_target": td_target, "next_action": next_action}
+        loss = EVORLoss(policy, returns, **options, **(improved or {}))
     elif method == "qc":
         returns = sizes.ensemble(num_critics)
         loss = QCLoss(policy, returns, num_candidates=num_candidates)

@@ -4,8 +4,8 @@
 # LICENSE file in the root directory of this source tree.
 """Beyond one step of improvement: success against wall-clock where trajectories must be stitched.
 
-Trains EVOR with next_action="improved" and "dataset", QC-1 and the scalar critic on the same data,
-networks and evaluation (train_baseline.py's), and evaluates each along the way.
+Trains EVOR with next_action="improved" and "dataset", Q-chunking and the scalar critic on the same
+data, networks and evaluation (train_baseline.py's), and evaluates each along the way.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from matplotlib import pyplot as plt
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from torchrl_evor.modules.functional import check_positive, check_temperature
-
 
 def make_variants(cfg: DictConfig) -> dict[str, DictConfig]:
     """Configuration of each variant, checked before any of them is trained.
@@ -38,10 +36,6 @@ def make_variants(cfg: DictConfig) -> dict[str, DictConfig]:
             "optim.num_updates must be a multiple of eval.interval, got "
             f"{cfg.optim.num_updates} and {cfg.eval.interval}."
         )
-    for name in ("num_candidates", "num_samples"):
-        check_positive(f"improved.{name}", cfg.improved[name])
-    for name in ("tau_r", "tau_q"):
-        check_temperature(f"improved.{name}", cfg.improved[name])
     variants = {}
     for name, changes in cfg.variants.items():
         try:
@@ -52,20 +46,12 @@ def make_variants(cfg: DictConfig) -> dict[str, DictConfig]:
     return variants
 
 
-def make_agent(cfg: DictConfig, data, device: torch.device):
-    """:func:`train_baseline.make_agent`, with the study's choice of improved actions."""
-    agent = train_baseline.make_agent(cfg, train_baseline.make_sizes(cfg, data), device)
-    if cfg.method == "evor" and cfg.loss.next_action == "improved":
-        for name, value in cfg.improved.items():
-            setattr(agent[0], name, value)
-    return agent
-
-
 def run(name: str, cfg: DictConfig, path: Path, device: torch.device) -> None:
     """Trains a variant in pieces and adds a row of raw numbers after each."""
     torch.manual_seed(cfg.seed)
     data = utils.make_data(cfg)
-    loss, actor, optimizer, updater = make_agent(cfg, data, device)
+    sizes = train_baseline.make_sizes(cfg, data)
+    loss, actor, optimizer, updater = train_baseline.make_agent(cfg, sizes, device)
     scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
     piece = OmegaConf.merge(cfg, {"optim": {"num_updates": cfg.eval.interval}})
     seconds = 0.0
@@ -103,7 +89,7 @@ def settings(cfg: DictConfig) -> str:
     parts.update(batch_size=cfg.data.batch_size, spread=cfg.data.observation_spread)
     parts.update(policy_steps=cfg.policy.num_steps, value_steps=cfg.value.num_steps)
     if cfg.loss.next_action == "improved":
-        parts.update({f"improved.{name}": value for name, value in cfg.improved.items()})
+        parts.update({f"improved.{name}": value for name, value in cfg.loss.improved.items()})
     return " ".join(f"{name}={value}" for name, value in parts.items())
 
 

@@ -105,10 +105,11 @@ def _load_run(folder: Path, device) -> Trained:
     saved = Checkpoint(config={}, progress={})
     try:
         saved.load(folder)
-        cfg = OmegaConf.create(saved.components["config"])
+        # Options that are younger than the checkpoint have their defaults.
+        defaults = OmegaConf.load(Path(__file__).with_name("config.yaml"))
+        cfg = OmegaConf.merge(defaults, saved.components["config"])
         env = OGBenchEnv(utils.env_name(cfg))
-        chunk_size = cfg.get("chunk_size", 1)  # checkpoints from before there were chunks
-        action_dim = chunk_size * env.action_spec.shape[-1]
+        action_dim = cfg.chunk_size * env.action_spec.shape[-1]
         sizes = env.observation_spec["observation"].shape[-1], action_dim
         env.close()
         # Units and weights come with the checkpoint.
@@ -123,9 +124,9 @@ def _load_run(folder: Path, device) -> Trained:
     labels = {
         "env": cfg.env.name,
         "task": cfg.env.task,
-        "method": utils.method_name("evor", chunk_size),
+        "method": utils.method_name("evor", cfg.chunk_size),
         "seed": cfg.seed,
-        "chunk_size": chunk_size,
+        "chunk_size": cfg.chunk_size,
     }
     return Trained(policy.to(device), returns.to(device), **labels)
 

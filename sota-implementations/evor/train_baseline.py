@@ -58,6 +58,7 @@ def make_agent(cfg: DictConfig, sizes: baselines.Sizes, device: torch.device):
         sizes,
         td_target=cfg.loss.td_target,
         next_action=cfg.loss.next_action,
+        improved=cfg.loss.improved,
         actor=cfg.actor,
         **options,
     )

@@ -214,7 +214,8 @@ def build_networks(cfg: DictConfig, observation_dim: int, action_dim: int):
 
 def make_loss(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow):
     """The loss, the Polyak average of its target network and the optimiser."""
-    loss = EVORLoss(policy, returns, td_target=cfg.loss.td_target, next_action=cfg.loss.next_action)
+    options = {"td_target": cfg.loss.td_target, "next_action": cfg.loss.next_action}
+    loss = EVORLoss(policy, returns, **options, **cfg.loss.improved)
     loss.make_value_estimator(gamma=cfg.loss.gamma)
     optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.optim.lr, fused=True)
     return loss, SoftUpdate(loss, tau=cfg.loss.tau), optimizer
