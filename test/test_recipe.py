@@ -186,6 +186,40 @@ def test_law_of_chunks_is_compared_at_the_right_actions(tmp_path):
     torch.testing.assert_close(offset, torch.tensor([100.0, 101.0, 102.0]).expand_as(offset))
 
 
+def test_older_checkpoints_take_defaults(short_run, tmp_path):
+    """Studies open runs from before some options were there."""
+    import studies
+
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(short_run[1] / "checkpoint", checkpoint)
+    (folder,) = checkpoint.glob("components/*-config")
+    saved = json.loads((folder / "value.json").read_text())
+    del saved["chunk_size"], saved["loss"]["improved"]
+    (folder / "value.json").write_text(json.dumps(saved))
+    trained = studies.load(checkpoint)
+    assert (trained.method, trained.chunk_size) == ("evor", 1)
+
+
+def test_improved_options_reach_every_loss():
+    """Of the recipe and of the baselines, and their errors come before any work."""
+    import baselines
+    import utils
+    from hydra import compose, initialize_config_dir
+
+    options = {"num_candidates": 3, "num_samples": 5, "tau_r": 7.0, "tau_q": 0.5}
+    overrides = [f"loss.improved.{name}={value}" for name, value in options.items()]
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        cfg = compose("config", overrides=[*SMALL, "loss.next_action=improved", *overrides])
+    loss, _, _ = utils.make_loss(cfg, *utils.build_networks(cfg, 2, 2))
+    sizes = baselines.Sizes(2, 2, hidden_sizes=(8,))
+    other, _ = baselines.make_baseline(
+        "evor", sizes, next_action="improved", improved=cfg.loss.improved
+    )
+    for made in (loss, other):
+        assert made.next_action == "improved"
+        assert {name: getattr(made, name) for name in options} == options
+
+
 def test_spread_of_the_observations():
     """Networks see ``spread * (x - mean) / deviation``."""
     import utils
