@@ -31,6 +31,20 @@ def make_loss(dtype=None, gamma=0.9, updater=True, **kwargs):
     return loss
 
 
+def fit_value(loss, sample, *, updates, lr, tau):
+    """Trains the reward-to-go flow alone on batches of ``sample()``; the rate ends at 0."""
+    updater = SoftUpdate(loss, tau=tau)
+    optimizer = torch.optim.Adam(loss.value_network_params.values(True, True), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    for _ in range(updates):
+        value, _ = loss.value_loss(sample())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        updater.step()
+        schedule.step()
+
+
 def make_batch(*batch, dtype=None, batch_size=None):
     terminated = torch.rand(*batch, 1) < 0.3
     return TensorDict(

@@ -101,23 +101,23 @@ class Chain:
         following = state + 2 * action - 1
         terminated = (following == self.length).unsqueeze(-1)
         following = following.clamp(0, self.length - 1)
-        observation, taken = self.encode(state, action)
-        next_observation, next_taken = self.encode(
-            following, (torch.rand(size) < self.right).long()
-        )
-        return TensorDict(
-            observation=observation,
-            action=taken,
-            next=TensorDict(
-                observation=next_observation,
-                action=next_taken,
-                reward=-torch.ones(size, 1),
-                done=terminated,
-                terminated=terminated,
-                batch_size=[size],
-            ),
-            batch_size=[size],
-        )
+        next_action = (torch.rand(size) < self.right).long()
+        reward = -torch.ones(size, 1)
+        now, later = self.encode(state, action), self.encode(following, next_action)
+        return transitions(now, later, reward, terminated)
+
+
+def transitions(now, later, reward: Tensor, terminated: Tensor) -> TensorDict:
+    """Transitions from pairs of observation and action, rewards and ends ``[size, 1]``."""
+    size = len(reward)
+    following = {"observation": later[0], "action": later[1], "reward": reward}
+    following.update(done=terminated, terminated=terminated)
+    return TensorDict(
+        observation=now[0],
+        action=now[1],
+        next=TensorDict(following, batch_size=[size]),
+        batch_size=[size],
+    )
 
 
 class SkillOrLuck:
@@ -138,23 +138,10 @@ class SkillOrLuck:
         state = torch.randint(self.length, (size,))
         terminated = state > 0
         won = torch.where(state == 1, action, chance).bool() & terminated
-        observation, taken = self.encode(state, action)
         following = torch.where(terminated, 0, 2 - action)
-        next_observation, next_taken = self.encode(following, next_action)
-        terminated = terminated.unsqueeze(-1)
-        return TensorDict(
-            observation=observation,
-            action=taken,
-            next=TensorDict(
-                observation=next_observation,
-                action=next_taken,
-                reward=self.prize * won.unsqueeze(-1),
-                done=terminated,
-                terminated=terminated,
-                batch_size=[size],
-            ),
-            batch_size=[size],
-        )
+        now, later = self.encode(state, action), self.encode(following, next_action)
+        reward = self.prize * won.unsqueeze(-1)
+        return transitions(now, later, reward, terminated.unsqueeze(-1))
 
 
 class CoinVelocity(nn.Module):

@@ -10,8 +10,8 @@ import math
 
 import pytest
 import torch
+from _evor_cases import fit_value
 from _known_laws import Chain, CoinVelocity, SkillOrLuck
-from torchrl.objectives import SoftUpdate
 
 from torchrl_evor import EVORLoss, FlowMatchingPolicy, ReturnFlow, VelocityMLP
 
@@ -25,16 +25,7 @@ def learn(problem, next_action, *, loc, scale, updates=500):
     returns = ReturnFlow(network, num_steps=4, solver="midpoint", loc=loc, scale=scale)
     loss = EVORLoss(policy, returns, next_action=next_action, num_candidates=CANDIDATES)
     loss.make_value_estimator(gamma=problem.gamma)
-    updater = SoftUpdate(loss, tau=0.05)
-    optimizer = torch.optim.Adam(returns.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    for _ in range(updates):
-        value, _ = loss.value_loss(problem.sample(128))
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        updater.step()
-        schedule.step()
+    fit_value(loss, lambda: problem.sample(128), updates=updates, lr=4e-3, tau=0.05)
     return returns
 
 

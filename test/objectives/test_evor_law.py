@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _evor_cases import NEXT_ACTIONS
+from _evor_cases import NEXT_ACTIONS, fit_value
 from _known_laws import Chain, GaussianReturns
 from tensordict import TensorDict
 from torch import nn
@@ -171,16 +171,7 @@ class TestChain:
         returns = ReturnFlow(network, num_steps=10, loc=-3.0, scale=1.5)
         loss = EVORLoss(policy, returns, td_target=td_target, next_action="dataset")
         loss.make_value_estimator(gamma=chain.gamma)
-        updater = SoftUpdate(loss, tau=0.02)
-        optimizer = torch.optim.Adam(returns.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-        for _ in range(updates):
-            value, _ = loss.value_loss(chain.sample(256))
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            updater.step()
-            schedule.step()
+        fit_value(loss, lambda: chain.sample(256), updates=updates, lr=2e-3, tau=0.02)
         errors, spreads = [], []
         probabilities = (torch.arange(64) + 0.5) / 64
         for state in range(chain.length):
