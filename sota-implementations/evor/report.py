@@ -328,7 +328,8 @@ def plot_environment(env: str, methods: list[Method], estimator: Estimator, path
     left.set_yticklabels([method.name for method in methods])
     left.set_ylim(len(methods) - 0.4, -0.6)  # the first method on top, as in the table
     right.set(title="tasks, mean over seeds")
-    right.legend(fontsize="small")
+    # Beside the axes, where it hides no point.
+    right.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for axis in (left, right):
         axis.set(xlabel="success (%)", xlim=(-3, 103))
         axis.grid(axis="x", alpha=0.3)
