@@ -186,8 +186,9 @@ def test_law_of_chunks_is_compared_at_the_right_actions(tmp_path):
     torch.testing.assert_close(offset, torch.tensor([100.0, 101.0, 102.0]).expand_as(offset))
 
 
-def test_older_checkpoints_take_defaults(short_run, tmp_path):
-    """Studies open runs from before some options were there."""
+def test_older_checkpoints_take_defaults(root, short_run, tmp_path):
+    """Runs from before some options were there can be studied and continued."""
+    import checkpoint_io
     import studies
 
     checkpoint = tmp_path / "checkpoint"
@@ -198,10 +199,14 @@ def test_older_checkpoints_take_defaults(short_run, tmp_path):
     (folder / "value.json").write_text(json.dumps(saved))
     trained = studies.load(checkpoint)
     assert (trained.method, trained.chunk_size) == ("evor", 1)
+    checkpoint_io.write_sizes(checkpoint)
+    check(root, f"resume={checkpoint}")
+    with pytest.raises(ValueError, match="belongs to another configuration: chunk_size was 1"):
+        check(root, f"resume={checkpoint}", "chunk_size=2")
 
 
 def test_improved_options_reach_every_loss():
-    """Of the recipe and of the baselines, and their errors come before any work."""
+    """Of the recipe and of the baselines."""
     import baselines
     import utils
     from hydra import compose, initialize_config_dir

@@ -189,8 +189,8 @@ class TestBadInput:
             ("variants=null", "variants must hold"),
             ("eval.interval=7", "must be a multiple of eval.interval"),
             ("+variants.dataset.data.steps=3", "variants.dataset does not fit baselines.yaml"),
-            ("loss.improved.num_candidates=0", "num_candidates must be"),
-            ("loss.improved.tau_r=-1", "tau_r must"),
+            ("loss.improved.num_candidates=0", "loss.improved.num_candidates"),
+            ("loss.improved.tau_r=-1", "loss.improved.tau_r"),
         ],
     )
     def test_stitch(self, override, message):

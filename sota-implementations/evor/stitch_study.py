@@ -57,8 +57,7 @@ def run(name: str, cfg: DictConfig, path: Path, device: torch.device) -> None:
     seconds = 0.0
     for update in range(cfg.eval.interval, cfg.optim.num_updates + 1, cfg.eval.interval):
         seconds += train_baseline.train(piece, data, loss, optimizer, scheduler, updater, device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            episodes = train_baseline.evaluate(cfg, actor, device)
+        episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
         label = {
             "study": "stitch",
             "env": cfg.env.name,
@@ -85,9 +84,11 @@ def settings(cfg: DictConfig) -> str:
         "gamma": cfg.loss.gamma,
         "tau": cfg.loss.tau,
         "lr": cfg.optim.lr,
+        "batch_size": cfg.data.batch_size,
+        "spread": cfg.data.observation_spread,
+        "policy_steps": cfg.policy.num_steps,
+        "value_steps": cfg.value.num_steps,
     }
-    parts.update(batch_size=cfg.data.batch_size, spread=cfg.data.observation_spread)
-    parts.update(policy_steps=cfg.policy.num_steps, value_steps=cfg.value.num_steps)
     if cfg.loss.next_action == "improved":
         parts.update({f"improved.{name}": value for name, value in cfg.loss.improved.items()})
     return " ".join(f"{name}={value}" for name, value in parts.items())

@@ -23,7 +23,6 @@ import torch
 import utils
 import value_study
 from matplotlib import pyplot as plt
-from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torchrl.checkpoint import Checkpoint
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -105,9 +104,7 @@ def _load_run(folder: Path, device) -> Trained:
     saved = Checkpoint(config={}, progress={})
     try:
         saved.load(folder)
-        # Options that are younger than the checkpoint have their defaults.
-        defaults = OmegaConf.load(Path(__file__).with_name("config.yaml"))
-        cfg = OmegaConf.merge(defaults, saved.components["config"])
+        cfg = utils.with_defaults(saved.components["config"])
         env = OGBenchEnv(utils.env_name(cfg))
         action_dim = cfg.chunk_size * env.action_spec.shape[-1]
         sizes = env.observation_spec["observation"].shape[-1], action_dim

@@ -18,12 +18,10 @@ import utils
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tensordict import TensorDictBase
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
 from tqdm import tqdm
 
-from torchrl_evor import OGBenchEnv, OGBenchExperienceReplay
-from torchrl_evor.envs import rollout_episodes
+from torchrl_evor import OGBenchExperienceReplay
 
 
 def make_sizes(cfg: DictConfig, data: OGBenchExperienceReplay) -> baselines.Sizes:
@@ -88,22 +86,6 @@ def train(cfg: DictConfig, data, loss, optimizer, scheduler, updater, device) ->
     return time.perf_counter() - start
 
 
-def evaluate(cfg: DictConfig, actor, device: torch.device) -> TensorDictBase:
-    """Whole episodes; chunks are executed open loop."""
-    torch.manual_seed(cfg.eval.seed)
-    with set_exploration_type(ExplorationType.RANDOM):
-        return rollout_episodes(
-            lambda: OGBenchEnv(utils.env_name(cfg)),
-            actor,
-            cfg.eval.final_episodes,
-            seed=cfg.eval.seed,
-            num_envs=cfg.eval.num_envs,
-            chunk_size=cfg.chunk_size,
-            device=device,
-            progress=True,
-        )
-
-
 def make_row(cfg: DictConfig, actor, episodes: TensorDictBase, seconds: float, device) -> dict:
     """Row of results."""
     row = {
@@ -144,7 +126,8 @@ def main(cfg: DictConfig) -> None:
     partial = output / "loss.pt.part"
     torch.save(loss.state_dict(), partial)
     partial.replace(output / "loss.pt")
-    row = make_row(cfg, actor, evaluate(cfg, actor, device), seconds, device)
+    episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
+    row = make_row(cfg, actor, episodes, seconds, device)
     tqdm.write(
         f"{row['method']}: success {row['success']:.2f}, return {row['return_mean']:.1f} over "
         f"{row['episodes']} episodes; parameters of the loss in {output / 'loss.pt'}"

@@ -17,6 +17,7 @@ import results_io
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl._utils import timeit
@@ -35,7 +36,7 @@ from torchrl_evor import (
     VelocityMLP,
 )
 from torchrl_evor.envs import resolve_environment, rollout_episodes
-from torchrl_evor.modules.functional import check_positive
+from torchrl_evor.modules.functional import check_positive, check_temperature
 from torchrl_evor.record import wilson_interval
 
 # What a checkpoint must share with the run that continues it.
@@ -44,6 +45,8 @@ COUNTS = (
     "chunk_size",
     "data.batch_size",
     "data.n_step",
+    "loss.improved.num_candidates",
+    "loss.improved.num_samples",
     "optim.num_updates",
     "eval.episodes",
     "eval.final_episodes",
@@ -62,6 +65,8 @@ def check_config(cfg: DictConfig) -> None:
     resolve_environment(env_name(cfg))
     for name in COUNTS:
         check_positive(name, OmegaConf.select(cfg, name))
+    for name in ("tau_r", "tau_q"):
+        check_temperature(f"loss.improved.{name}", cfg.loss.improved[name])
     if cfg.logger.backend not in ("csv", "wandb", "tensorboard", "none"):
         raise ValueError(
             "logger.backend must be 'csv', 'wandb', 'tensorboard' or 'none', "
@@ -99,19 +104,25 @@ def load_progress(cfg: DictConfig) -> dict:
     saved = Checkpoint(config={}, progress={})
     try:
         saved.load(cfg.resume)
+        then = OmegaConf.to_container(with_defaults(saved.components["config"]))
     except Exception as error:
         raise ValueError(f"resume={cfg.resume!r} is no checkpoint of evor.py: {error}") from error
-    then, now = saved.components["config"], OmegaConf.to_container(cfg, resolve=True)
+    now = OmegaConf.to_container(cfg, resolve=True)
     for config in (then, now):
         if config["optim"]["schedule"] == "constant":  # which knows no end, and may be extended
             config["optim"] = {**config["optim"], "num_updates": None}
     for group in IDENTITY:
-        if then.get(group) != now[group]:
+        if then[group] != now[group]:
             raise ValueError(
                 f"resume={cfg.resume!r} belongs to another configuration: {group} was "
-                f"{then.get(group)}, this run has {now[group]}."
+                f"{then[group]}, this run has {now[group]}."
             )
     return saved.components["progress"]
+
+
+def with_defaults(config: dict) -> DictConfig:
+    """A checkpoint's configuration; options that are younger than it have their defaults."""
+    return OmegaConf.merge(OmegaConf.load(Path(__file__).with_name("config.yaml")), config)
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -252,14 +263,14 @@ def make_actor(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow)
 
 
 def evaluate(
-    cfg: DictConfig, actor: EVORActor, num_episodes: int, progress: bool = False
+    cfg: DictConfig, actor: TensorDictModuleBase, num_episodes: int, progress: bool = False
 ) -> TensorDictBase:
     """Whole episodes, one actor call per decision for all that are running.
 
     Random numbers are the evaluation's own, so that it does not change the
     training that follows. Exploration is RANDOM: ``actor.tau_q`` decides.
     """
-    device = actor.returns.loc.device
+    device = next(actor.parameters()).device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), set_exploration_type(ExplorationType.RANDOM):
         torch.manual_seed(cfg.eval.seed)

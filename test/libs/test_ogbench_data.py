@@ -911,8 +911,6 @@ print(len(data), resident() - before, sum(x.nbytes for x in read if x is not Non
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_million_transitions(tmp_path):
     """The process grows by the arrays that sampling reads and little more, converting or not."""
-    # Otherwise glibc keeps up to 60 MB of what conversion freed, how much differs between runs.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     rows = 1001 * 1000
     observations = np.random.default_rng(0).normal(size=(rows, 2)).astype(np.float32)
     raw = {
@@ -923,13 +921,17 @@ def test_memory_of_a_million_transitions(tmp_path):
         "qvel": observations,
     }
     np.savez(tmp_path / f"{FILE}.npz", **raw)
-    for _ in range(2):  # the first process converts the file, the second finds the result
+    # The first process converts the file, the second finds the result. Of what was freed glibc
+    # keeps up to 50 MB at its own discretion, unless its threshold is fixed.
+    for threshold, limit in (({"MALLOC_MMAP_THRESHOLD_": str(2**20)}, 1.5), ({}, 2)):
         command = [sys.executable, "-c", MEMORY, TASK, str(tmp_path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env={**os.environ, **threshold}, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         length, growth, read = map(int, done.stdout.split()[-3:])
         assert length == 1_000_000 and read > 60e6
-        assert growth <= 1.5 * read  # measured: 1.17 to 1.20
+        assert growth <= limit * read  # measured: 1.17 to 1.20, the second at times more
 
 
 def test_a_buffer_of_ones_own():
