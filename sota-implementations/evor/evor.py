@@ -54,8 +54,7 @@ def main(cfg: DictConfig) -> None:
 
     episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
     tqdm.write(run.log_episodes(episodes))
-    if cfg.results_dir is not None:
-        utils.append_result(cfg, run, actor, episodes)
+    utils.append_result(cfg, "evor", actor, episodes, run.step, run.seconds)
     figures.learning_curve(run.history, output / "learning_curve.png")
     path = output / "reward_to_go.png"
     figures.reward_to_go(data, actor, cfg.loss.gamma, path, chunk_size=cfg.chunk_size)

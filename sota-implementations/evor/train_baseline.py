@@ -6,18 +6,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 import baselines
 import hydra
-import results_io
 import torch
 import utils
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from tensordict import TensorDictBase
 from torchrl.objectives import SoftUpdate
 from tqdm import tqdm
 
@@ -86,32 +83,6 @@ def train(cfg: DictConfig, data, loss, optimizer, scheduler, updater, device) ->
     return time.perf_counter() - start
 
 
-def make_row(cfg: DictConfig, actor, episodes: TensorDictBase, seconds: float, device) -> dict:
-    """Row of results."""
-    row = {
-        "env": cfg.env.name,
-        "task": cfg.env.task,
-        "method": utils.method_name(cfg.method, cfg.chunk_size),
-        "seed": cfg.seed,
-        "protocol": cfg.protocol,
-        "num_updates": cfg.optim.num_updates,
-        "num_transitions": cfg.data.num_transitions,
-        "n_step": cfg.data.n_step,
-        "hidden": "x".join(map(str, cfg.value.hidden_sizes)),
-        "batch_size": cfg.data.batch_size,
-        "device": utils.device_name(device),
-        "train_seconds": seconds,
-        "peak_memory_mb": utils.peak_memory_mb(device),
-        "parameters": sum(parameter.numel() for parameter in actor.parameters()),
-        "command": " ".join(["python", *sys.argv]),
-        **utils.episode_columns(episodes),
-    }
-    if hasattr(actor, "num_candidates"):
-        settings = ("num_candidates", "num_samples", "tau_r", "tau_q")
-        row.update({name: cfg.actor[name] for name in settings})
-    return row
-
-
 @hydra.main(config_path=".", config_name="baselines", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     utils.check_config(cfg)
@@ -127,14 +98,11 @@ def main(cfg: DictConfig) -> None:
     torch.save(loss.state_dict(), partial)
     partial.replace(output / "loss.pt")
     episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
-    row = make_row(cfg, actor, episodes, seconds, device)
+    row = utils.append_result(cfg, cfg.method, actor, episodes, cfg.optim.num_updates, seconds)
     tqdm.write(
         f"{row['method']}: success {row['success']:.2f}, return {row['return_mean']:.1f} over "
         f"{row['episodes']} episodes; parameters of the loss in {output / 'loss.pt'}"
     )
-    if cfg.results_dir is not None:
-        path = Path(cfg.results_dir) / cfg.env.name / f"{row['method']}.csv"
-        results_io.append_row(path, row)
 
 
 if __name__ == "__main__":

@@ -389,32 +389,36 @@ class Run:
         return Checkpoint(**self._modules, **components)
 
 
-def append_result(cfg: DictConfig, run: Run, actor: EVORActor, episodes: TensorDictBase) -> None:
-    """Adds the row of a finished run to the folder ``cfg.results_dir``."""
-    device = actor.returns.loc.device
+def append_result(
+    cfg: DictConfig, method: str, actor, episodes: TensorDictBase, num_updates: int, seconds: float
+) -> dict:
+    """Row of a finished run, added to the folder ``cfg.results_dir`` if there is one."""
+    device = next(actor.parameters()).device
     row = {
         "env": cfg.env.name,
         "task": cfg.env.task,
-        "method": method_name("evor", cfg.chunk_size),
+        "method": method_name(method, cfg.chunk_size),
         "seed": cfg.seed,
         "protocol": cfg.protocol,
-        "num_updates": run.step,
+        "num_updates": num_updates,
         "num_transitions": cfg.data.num_transitions,
         "n_step": cfg.data.n_step,
         "hidden": "x".join(map(str, cfg.value.hidden_sizes)),
         "batch_size": cfg.data.batch_size,
-        "num_candidates": cfg.actor.num_candidates,
-        "num_samples": cfg.actor.num_samples,
-        "tau_r": cfg.actor.tau_r,
-        "tau_q": cfg.actor.tau_q,
         "device": device_name(device),
-        "train_seconds": run.seconds,
+        "train_seconds": seconds,
         "peak_memory_mb": peak_memory_mb(device),
-        "parameters": sum(p.numel() for p in actor.parameters()),
+        "parameters": sum(parameter.numel() for parameter in actor.parameters()),
         "command": " ".join(["python", *sys.argv]),
         **episode_columns(episodes),
     }
-    results_io.append_row(Path(cfg.results_dir) / cfg.env.name / f"{row['method']}.csv", row)
+    if hasattr(actor, "num_candidates"):
+        settings = ("num_candidates", "num_samples", "tau_r", "tau_q")
+        row.update({name: cfg.actor[name] for name in settings})
+    if cfg.results_dir is not None:
+        path = Path(cfg.results_dir) / cfg.env.name / f"{row['method']}.csv"
+        results_io.append_row(path, row)
+    return row
 
 
 def method_name(method: str, chunk_size: int) -> str:

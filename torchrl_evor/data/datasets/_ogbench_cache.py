@@ -77,6 +77,7 @@ def _write_memmap(folder: Path, columns: dict, num_rows: int) -> None:
             column = torch.from_numpy(np.ascontiguousarray(make()))
             _check_free_space(temporary, column.nbytes)
             data.make_memmap(key, column.shape, dtype=column.dtype).copy_(column)
+            del column  # before the next one is made
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
