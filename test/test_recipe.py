@@ -31,6 +31,7 @@ _has_extras = all(
 )
 pytestmark = pytest.mark.skipif(not _has_extras, reason="needs the extras [all]")
 
+TASK = "pointmaze-medium-navigate"
 SMALL = [
     "data.num_transitions=4000",
     "data.n_step=20",
@@ -140,6 +141,63 @@ def test_chunks_of_actions(root):
     actor = studies.make_actor(trained, {"num_candidates": 2, "num_samples": 2})
     columns = studies.evaluate(trained, actor, episodes=1, seed=0, num_envs=1)
     assert columns["length_mean"] == 1000 and columns["latency_seconds"] > 0
+
+
+class TestBaseline:
+    def test_leaves_a_row_and_a_checkpoint_that_studies_open(self, root):
+        import studies
+
+        output = root / "baseline"
+        small = [*SMALL, "method=scalar", "chunk_size=2", "optim.num_updates=4"]
+        places = [f"results_dir={root / 'baselines'}", f"hydra.run.dir={output}"]
+        result = run("train_baseline.py", root, *small, *places)
+        assert result.returncode == 0, result.stderr[-2000:]
+        trained = studies.load(output)
+        assert (trained.method, trained.chunk_size) == ("scalar-2", 2)
+        assert trained.returns.loc < -1  # the data's, not those of a fresh network
+        # A finished run is evaluated again, nothing trained.
+        again = run(
+            "train_baseline.py",
+            root,
+            *small,
+            f"resume={output / 'checkpoint'}",
+            "actor.tau_q=3.0",
+            f"results_dir={root / 'again'}",
+            f"hydra.run.dir={root / 'baseline_again'}",
+        )
+        assert again.returncode == 0, again.stderr[-2000:]
+        paths = [root / name / TASK / "scalar-2.csv" for name in ("baselines", "again")]
+        (first,), (second,) = (studies.read(path) for path in paths)
+        assert (first["tau_q"], second["tau_q"]) == ("1.0", "3.0")
+        for name in ("num_updates", "train_seconds", "parameters"):
+            assert first[name] == second[name], name
+        assert (first["num_updates"], first["n_step"]) == ("4", "20")
+
+    def test_the_checkpoint_of_another_method_is_refused(self, root, short_run):
+        """EVOR's own networks, but the baselines' names and options."""
+        result = run(
+            "train_baseline.py",
+            root,
+            *SMALL,
+            "optim.num_updates=4",
+            "method=evor",
+            f"resume={short_run[1] / 'checkpoint'}",
+            f"hydra.run.dir={root / 'refused'}",
+        )
+        assert result.returncode != 0
+        assert "belongs to another configuration: method was None" in result.stderr
+
+    @pytest.mark.parametrize("method", ["bc", "iql"])
+    def test_without_a_choice_among_candidates_there_is_no_study(self, root, method):
+        import studies
+
+        output = root / method
+        one = [*SMALL, f"method={method}", "optim.num_updates=2", f"hydra.run.dir={output}"]
+        result = run("train_baseline.py", root, *one)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert (output / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+        with pytest.raises(ValueError, match=f"is a '{method}' agent"):
+            studies.load(output)
 
 
 def test_law_of_chunks_is_compared_at_the_right_actions(tmp_path):

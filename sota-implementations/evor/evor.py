@@ -14,7 +14,6 @@ import torch
 import utils
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from torchrl._utils import timeit
 from tqdm import tqdm
 
 
@@ -36,25 +35,10 @@ def main(cfg: DictConfig) -> None:
     run = utils.Run(cfg, output, **modules)
     run.resume()
 
-    with tqdm(total=cfg.optim.num_updates, initial=run.step, unit="update") as bar:
-        while run.step < cfg.optim.num_updates:
-            with timeit("sample"):
-                batch = data.sample().to(device)
-            with timeit("update"):
-                run.add(update(batch))
-            bar.update()
-            if run.due(cfg.logger.interval):
-                bar.set_postfix(run.log_losses())
-            if run.due(cfg.checkpoint.interval):
-                run.save()
-            if run.due(cfg.eval.interval) and run.step < cfg.optim.num_updates:
-                episodes = utils.evaluate(cfg, actor, cfg.eval.episodes)
-                bar.write(run.log_episodes(episodes))
-    run.save()
-
+    utils.train(cfg, run, data, update, actor)
     episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
     tqdm.write(run.log_episodes(episodes))
-    utils.append_result(cfg, "evor", actor, episodes, run.step, run.seconds)
+    utils.append_result(cfg, run, "evor", actor, episodes)
     figures.learning_curve(run.history, output / "learning_curve.png")
     path = output / "reward_to_go.png"
     figures.reward_to_go(data, actor, cfg.loss.gamma, path, chunk_size=cfg.chunk_size)

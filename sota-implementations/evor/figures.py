@@ -20,6 +20,7 @@ from torchrl_evor.data.datasets import make_windows
 
 matplotlib.use("Agg")
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+LABELS = {"loss_actor": "policy", "loss_value": "value"}
 LEARNT, EMPIRICAL, PATH = "#c1440e", "#2b5c8a", "#c1440e"
 
 
@@ -35,9 +36,12 @@ def learning_curve(history: dict[str, list[dict]], path: Path) -> None:
     """Losses and success against updates."""
     figure, (losses, success) = plt.subplots(1, 2, figsize=(9, 3.2))
     steps = [row["step"] for row in history["train"]]
-    for name, label in (("loss_actor", "base policy"), ("loss_value", "reward-to-go flow")):
-        losses.plot(steps, [row[name] for row in history["train"]], label=label)
-    losses.set(xlabel="updates", ylabel="flow-matching loss", yscale="log")
+    names = [name for name in (history["train"] or [{}])[0] if name.startswith("loss")]
+    curves = {name: [row[name] for row in history["train"]] for name in names}
+    for name, curve in curves.items():
+        losses.plot(steps, curve, label=LABELS.get(name, name))
+    positive = all(value > 0 for curve in curves.values() for value in curve)
+    losses.set(xlabel="updates", ylabel="loss", yscale="log" if positive else "linear")
     losses.legend(frameon=False)
     rows = history["eval"]
     steps, means = [row["step"] for row in rows], [row["success"] for row in rows]

@@ -20,9 +20,11 @@ import agents
 import figures
 import results_io
 import torch
+import train_baseline
 import utils
 import value_study
 from matplotlib import pyplot as plt
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from torchrl.checkpoint import Checkpoint
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -62,29 +64,28 @@ class Trained:
 
 
 def load(checkpoint: str | Path | None, device: torch.device | str = "cpu") -> Trained:
-    """Opens the folder of an ``evor.py`` run, its checkpoint, or an agent file of ``many.py``.
+    """Opens a run of ``evor.py`` or ``train_baseline.py``, or an agent file of ``many.py``.
 
     Args:
-        checkpoint (path-like): the folder or file.
+        checkpoint (path-like): the run's folder, the checkpoint in it, or the file.
         device (torch.device or str, optional): where the networks go. Defaults to ``"cpu"``.
 
     Raises:
         FileNotFoundError: if there is no such run or file.
         ValueError: if its content is of another kind, or does not fit its own configuration.
     """
+    expected = (
+        "checkpoint must be the folder of a run of evor.py or train_baseline.py, or an "
+        f"agents/*.pt file, got {None if checkpoint is None else str(checkpoint)!r}."
+    )
     if checkpoint is None:
-        raise ValueError(
-            "checkpoint must be the folder of an evor.py run or an agents/*.pt file, got None."
-        )
+        raise ValueError(expected)
     path = Path(checkpoint)
     if path.is_file():
         return _load_agent(path, device)
     folder = path if Checkpoint.is_checkpoint(path) else path / "checkpoint"
     if not Checkpoint.is_checkpoint(folder):
-        raise FileNotFoundError(
-            "checkpoint must be the folder of an evor.py run or an agents/*.pt file, "
-            f"got {str(checkpoint)!r}."
-        )
+        raise FileNotFoundError(expected)
     return _load_run(folder, device)
 
 
@@ -105,27 +106,44 @@ def _load_run(folder: Path, device) -> Trained:
     try:
         saved.load(folder)
         cfg = utils.with_defaults(saved.components["config"])
-        env = OGBenchEnv(utils.env_name(cfg))
-        action_dim = cfg.chunk_size * env.action_spec.shape[-1]
-        sizes = env.observation_spec["observation"].shape[-1], action_dim
-        env.close()
+        method = cfg.get("method", "evor")
         # Units and weights come with the checkpoint.
-        policy, returns = utils.build_networks(cfg, *sizes)
-        loss, _, _ = utils.make_loss(cfg, policy, returns)
+        if "method" in cfg:
+            sizes = train_baseline.plain_sizes(cfg, *_dimensions(cfg))
+            loss, actor, _, _ = train_baseline.make_agent(cfg, sizes, torch.device("cpu"))
+        else:
+            policy, returns = utils.build_networks(cfg, *_dimensions(cfg))
+            loss, _, _ = utils.make_loss(cfg, policy, returns)
+            actor = utils.make_actor(cfg, policy, returns)
         Checkpoint(loss=loss).load(folder, components=["loss"])
     except Exception as error:
         raise ValueError(
             f"checkpoint={str(folder)!r} does not fit the networks of its configuration, or is "
-            f"not of evor.py: {error!r}"
+            f"not of evor.py or train_baseline.py: {error!r}"
         ) from error
-    labels = {
-        "env": cfg.env.name,
-        "task": cfg.env.task,
-        "method": utils.method_name("evor", cfg.chunk_size),
-        "seed": cfg.seed,
-        "chunk_size": cfg.chunk_size,
-    }
-    return Trained(policy.to(device), returns.to(device), **labels)
+    if not isinstance(actor, EVORActor):
+        raise ValueError(
+            f"checkpoint={str(folder)!r} is a {method!r} agent, which does not choose among "
+            "candidates by a value."
+        )
+    actor = actor.to(device)
+    return Trained(
+        actor.policy,
+        actor.returns,
+        env=cfg.env.name,
+        task=cfg.env.task,
+        method=utils.method_name(method, cfg.chunk_size),
+        seed=cfg.seed,
+        chunk_size=cfg.chunk_size,
+    )
+
+
+def _dimensions(cfg: DictConfig) -> tuple[int, int]:
+    """Size of an observation and of a chunk of actions."""
+    env = OGBenchEnv(utils.env_name(cfg))
+    sizes = env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1]
+    env.close()
+    return sizes[0], cfg.chunk_size * sizes[1]
 
 
 def make_actor(trained: Trained, options: dict) -> EVORActor:

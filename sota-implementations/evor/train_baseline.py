@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-import time
+import dataclasses
 from pathlib import Path
 
 import baselines
+import figures
 import hydra
 import torch
 import utils
@@ -21,27 +22,34 @@ from tqdm import tqdm
 from torchrl_evor import OGBenchExperienceReplay
 
 
-def make_sizes(cfg: DictConfig, data: OGBenchExperienceReplay) -> baselines.Sizes:
-    """Sizes and units, from a row of the data and its empirical returns."""
-    row = data[:1]
-    loc, scale = data.return_statistics(cfg.loss.gamma)
-    z = (data.empirical_returns(cfg.loss.gamma) - loc) / scale
+def plain_sizes(cfg: DictConfig, observation_dim: int, action_dim: int) -> baselines.Sizes:
+    """Sizes of the configuration, without units; ``action_dim`` is that of a chunk."""
     return baselines.Sizes(
-        row["observation"].shape[-1],
-        row["action"].shape[-1],
+        observation_dim,
+        action_dim,
         hidden_sizes=cfg.value.hidden_sizes,
         policy_activation=cfg.policy.activation,
         value_activation=cfg.value.activation,
         num_steps=cfg.policy.num_steps,
         value_steps=cfg.value.num_steps,
         value_solver=cfg.value.solver,
-        observation_statistics=utils.input_units(cfg.data.observation_spread, data),
         layer_norm=cfg.value.layer_norm,
+        num_atoms=cfg.baseline.num_atoms,
+    )
+
+
+def make_sizes(cfg: DictConfig, data: OGBenchExperienceReplay) -> baselines.Sizes:
+    """Sizes and units, from a row of the data and its empirical returns."""
+    row = data[:1]
+    loc, scale = data.return_statistics(cfg.loss.gamma)
+    z = (data.empirical_returns(cfg.loss.gamma) - loc) / scale
+    return dataclasses.replace(
+        plain_sizes(cfg, row["observation"].shape[-1], row["action"].shape[-1]),
+        observation_statistics=utils.input_units(cfg.data.observation_spread, data),
         loc=loc,
         scale=scale,
         # Room beyond the data, because bootstrapped targets overshoot on the way.
         support=(z.min().item() - 0.5, z.max().item() + 0.5),
-        num_atoms=cfg.baseline.num_atoms,
     )
 
 
@@ -64,25 +72,6 @@ def make_agent(cfg: DictConfig, sizes: baselines.Sizes, device: torch.device):
     return loss, actor, optimizer, updater
 
 
-def train(cfg: DictConfig, data, loss, optimizer, scheduler, updater, device) -> float:
-    """All updates; returns the seconds that they took."""
-    compute_loss = torch.compile(loss) if cfg.compile else loss
-    start = time.perf_counter()
-    with tqdm(total=cfg.optim.num_updates, unit="update") as bar:
-        for step in range(1, cfg.optim.num_updates + 1):
-            losses = compute_loss(data.sample().to(device))
-            optimizer.zero_grad()
-            sum(value for name, value in losses.items() if name.startswith("loss")).backward()
-            optimizer.step()
-            scheduler.step()
-            if updater is not None:
-                updater.step()
-            bar.update()
-            if step % cfg.logger.interval == 0:
-                bar.set_postfix({name: f"{value.item():.3g}" for name, value in losses.items()})
-    return time.perf_counter() - start
-
-
 @hydra.main(config_path=".", config_name="baselines", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     utils.check_config(cfg)
@@ -93,16 +82,17 @@ def main(cfg: DictConfig) -> None:
     data = utils.make_data(cfg)
     loss, actor, optimizer, updater = make_agent(cfg, make_sizes(cfg, data), device)
     scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
-    seconds = train(cfg, data, loss, optimizer, scheduler, updater, device)
-    partial = output / "loss.pt.part"
-    torch.save(loss.state_dict(), partial)
-    partial.replace(output / "loss.pt")
+    update = utils.make_update(cfg, loss, updater, optimizer, scheduler)
+    modules = {"loss": loss, "updater": updater, "optimizer": optimizer, "scheduler": scheduler}
+    run = utils.Run(cfg, output, **modules)
+    run.resume()
+
+    utils.train(cfg, run, data, update, actor)
     episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
-    row = utils.append_result(cfg, cfg.method, actor, episodes, cfg.optim.num_updates, seconds)
-    tqdm.write(
-        f"{row['method']}: success {row['success']:.2f}, return {row['return_mean']:.1f} over "
-        f"{row['episodes']} episodes; parameters of the loss in {output / 'loss.pt'}"
-    )
+    tqdm.write(f"{cfg.method}, {run.log_episodes(episodes)}")
+    utils.append_result(cfg, run, cfg.method, actor, episodes)
+    figures.learning_curve(run.history, output / "learning_curve.png")
+    tqdm.write(f"Curves, logs and the checkpoint are in {output}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import checkpoint_io
@@ -24,7 +25,9 @@ from torchrl._utils import timeit
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
+from torchrl.objectives.common import LossModule
 from torchrl.record.loggers import get_logger
+from tqdm import tqdm
 
 from torchrl_evor import (
     EVORActor,
@@ -39,8 +42,9 @@ from torchrl_evor.envs import resolve_environment, rollout_episodes
 from torchrl_evor.modules.functional import check_positive, check_temperature
 from torchrl_evor.record import wilson_interval
 
-# What a checkpoint must share with the run that continues it.
+# What a checkpoint must share with the run that continues it; the last two are train_baseline.py's.
 IDENTITY = ("env", "chunk_size", "data", "policy", "value", "loss", "optim", "seed")
+IDENTITY = (*IDENTITY, "method", "baseline")
 COUNTS = (
     "chunk_size",
     "data.batch_size",
@@ -106,16 +110,16 @@ def load_progress(cfg: DictConfig) -> dict:
         saved.load(cfg.resume)
         then = OmegaConf.to_container(with_defaults(saved.components["config"]))
     except Exception as error:
-        raise ValueError(f"resume={cfg.resume!r} is no checkpoint of evor.py: {error}") from error
+        raise ValueError(f"resume={cfg.resume!r} is no checkpoint of a recipe: {error}") from error
     now = OmegaConf.to_container(cfg, resolve=True)
     for config in (then, now):
         if config["optim"]["schedule"] == "constant":  # which knows no end, and may be extended
             config["optim"] = {**config["optim"], "num_updates": None}
     for group in IDENTITY:
-        if then[group] != now[group]:
+        if then.get(group) != now.get(group):
             raise ValueError(
                 f"resume={cfg.resume!r} belongs to another configuration: {group} was "
-                f"{then[group]}, this run has {now[group]}."
+                f"{then.get(group)}, this run has {now.get(group)}."
             )
     return saved.components["progress"]
 
@@ -241,20 +245,49 @@ def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, num_updates:
     return LambdaLR(optimizer, factors[schedule])
 
 
-def make_update(cfg: DictConfig, loss: EVORLoss, updater: SoftUpdate, optimizer, scheduler):
-    """One gradient step as a function of the batch."""
+def make_update(
+    cfg: DictConfig, loss: LossModule, updater: SoftUpdate | None, optimizer, scheduler
+):
+    """One gradient step, on the sum of all losses, as a function of the batch."""
     compute_loss = torch.compile(loss) if cfg.compile else loss
 
     def update(batch: TensorDictBase) -> TensorDictBase:
         losses = compute_loss(batch)
         optimizer.zero_grad()
-        (losses["loss_actor"] + losses["loss_value"]).backward()
+        sum(value for name, value in losses.items() if name.startswith("loss")).backward()
         optimizer.step()
         scheduler.step()
-        updater.step()
+        if updater is not None:
+            updater.step()
         return losses.detach()
 
     return update
+
+
+def train(
+    cfg: DictConfig,
+    run: Run,
+    data: OGBenchExperienceReplay,
+    update: Callable[[TensorDictBase], TensorDictBase],
+    actor: TensorDictModuleBase,
+) -> None:
+    """All updates that are left, with logs, checkpoints and evaluations along the way."""
+    device = next(actor.parameters()).device
+    with tqdm(total=cfg.optim.num_updates, initial=run.step, unit="update") as bar:
+        while run.step < cfg.optim.num_updates:
+            with timeit("sample"):
+                batch = data.sample().to(device)
+            with timeit("update"):
+                run.add(update(batch))
+            bar.update()
+            if run.due(cfg.logger.interval):
+                bar.set_postfix(run.log_losses())
+            if run.due(cfg.checkpoint.interval):
+                run.save()
+            if run.due(cfg.eval.interval) and run.step < cfg.optim.num_updates:
+                episodes = evaluate(cfg, actor, cfg.eval.episodes)
+                bar.write(run.log_episodes(episodes))
+    run.save()
 
 
 def make_actor(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow) -> EVORActor:
@@ -305,18 +338,22 @@ def summarize(episodes: TensorDictBase) -> dict[str, float]:
 
 
 class Run:
-    """Step, history, logger and checkpoint (of ``modules`` and random states) of a run."""
+    """Step, history, logger and checkpoint (of ``modules`` and random states) of a run.
+
+    Modules that are ``None`` are left out.
+    """
 
     def __init__(self, cfg: DictConfig, output: Path, **modules) -> None:
         self.cfg = cfg
         self.output = output
         self.step = 0
+        self.peak_memory_mb = 0.0
         # Wall-clock time of training so far; None: resumed from a checkpoint without it.
         self.seconds: float | None = 0.0
         self.history: dict[str, list] = {"train": [], "eval": []}
         self._last: float | None = None
         self._sum, self._count = None, 0
-        self._modules = modules
+        self._modules = {name: x for name, x in modules.items() if x is not None}
         kwargs = {"wandb_kwargs": {"project": cfg.logger.project, "mode": cfg.logger.mode}}
         backend = "" if cfg.logger.backend == "none" else cfg.logger.backend
         self.logger = get_logger(backend, str(output), "logs", **kwargs)
@@ -367,7 +404,10 @@ class Run:
     def save(self) -> Path:
         """Writes the checkpoint; what was there before stays whole until it is replaced."""
         checkpoint_io.check_room(self.output, self._modules["loss"])
-        progress = {"step": self.step, "seconds": self.seconds, "history": self.history}
+        device = next(self._modules["loss"].parameters()).device
+        self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb(device))
+        names = ("step", "seconds", "peak_memory_mb", "history")
+        progress = {name: getattr(self, name) for name in names}
         config = OmegaConf.to_container(self.cfg, resolve=True)
         checkpoint = self._checkpoint(rng=GlobalRNGState(), progress=progress, config=config)
         with checkpoint_io.uninterrupted():
@@ -384,30 +424,32 @@ class Run:
         checkpoint.load(self.cfg.resume, components=[*self._modules, "rng"])
         self.step, self.history = progress["step"], progress["history"]
         self.seconds = progress.get("seconds")
+        self.peak_memory_mb = progress.get("peak_memory_mb", 0.0)
 
     def _checkpoint(self, **components) -> Checkpoint:
         return Checkpoint(**self._modules, **components)
 
 
 def append_result(
-    cfg: DictConfig, method: str, actor, episodes: TensorDictBase, num_updates: int, seconds: float
-) -> dict:
-    """Row of a finished run, added to the folder ``cfg.results_dir`` if there is one."""
-    device = next(actor.parameters()).device
+    cfg: DictConfig, run: Run, method: str, actor: TensorDictModuleBase, episodes: TensorDictBase
+) -> None:
+    """Adds the row of a finished run to the folder ``cfg.results_dir``, if there is one."""
+    if cfg.results_dir is None:
+        return
     row = {
         "env": cfg.env.name,
         "task": cfg.env.task,
         "method": method_name(method, cfg.chunk_size),
         "seed": cfg.seed,
         "protocol": cfg.protocol,
-        "num_updates": num_updates,
+        "num_updates": run.step,
         "num_transitions": cfg.data.num_transitions,
         "n_step": cfg.data.n_step,
         "hidden": "x".join(map(str, cfg.value.hidden_sizes)),
         "batch_size": cfg.data.batch_size,
-        "device": device_name(device),
-        "train_seconds": seconds,
-        "peak_memory_mb": peak_memory_mb(device),
+        "device": device_name(next(actor.parameters()).device),
+        "train_seconds": run.seconds,
+        "peak_memory_mb": run.peak_memory_mb,
         "parameters": sum(parameter.numel() for parameter in actor.parameters()),
         "command": " ".join(["python", *sys.argv]),
         **episode_columns(episodes),
@@ -415,10 +457,7 @@ def append_result(
     if hasattr(actor, "num_candidates"):
         settings = ("num_candidates", "num_samples", "tau_r", "tau_q")
         row.update({name: cfg.actor[name] for name in settings})
-    if cfg.results_dir is not None:
-        path = Path(cfg.results_dir) / cfg.env.name / f"{row['method']}.csv"
-        results_io.append_row(path, row)
-    return row
+    results_io.append_row(Path(cfg.results_dir) / cfg.env.name / f"{row['method']}.csv", row)
 
 
 def method_name(method: str, chunk_size: int) -> str:
