@@ -88,7 +88,7 @@ def component(checkpoint: Path, name: str):
 class TestRun:
     def test_leaves_what_a_person_looks_at(self, short_run):
         result, output = short_run
-        for name in ("learning_curve.png", "reward_to_go.png", "maze.png"):
+        for name in ("learning_curve.png", "reward_to_go.png", "base_policy.png", "maze.png"):
             assert (output / name).read_bytes().startswith(b"\x89PNG"), name
         assert "success" in result.stderr + result.stdout
         logged = {path.stem for path in (output / "logs").rglob("*.csv")}
@@ -131,7 +131,7 @@ def test_chunks_of_actions(root):
         f"hydra.run.dir={output}",
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    for name in ("reward_to_go.png", "maze.png"):
+    for name in ("reward_to_go.png", "base_policy.png", "maze.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG"), name
     (path,) = (root / "results").rglob("*.csv")
     (row,) = studies.read(path)
@@ -242,6 +242,52 @@ def test_law_of_chunks_is_compared_at_the_right_actions(tmp_path):
     assert len(seen) == 9  # all states once, then law and continuation of four states
     offset = torch.cat(seen)
     torch.testing.assert_close(offset, torch.tensor([100.0, 101.0, 102.0]).expand_as(offset))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_proposals_are_compared_with_what_the_data_did(tmp_path, chunk):
+    """Half of the actions are 1, on the left as on the right, where fewer states are."""
+    import figures
+
+    generator = torch.Generator().manual_seed(0)
+    count, length = 6000, 20
+    index = torch.arange(count)
+    episode = index // length
+    side = episode % 10 == 0  # every tenth trajectory lies on the right
+    action = (episode + episode // 10) % 2  # so that these alternate as well
+    transitions = TensorDict(
+        episode=episode,
+        observation=10.0 * side.unsqueeze(-1) + torch.rand(count, 1, generator=generator),
+        action=action.unsqueeze(-1).float(),
+        next=TensorDict(
+            reward=torch.zeros(count, 1),
+            terminated=torch.zeros(count, 1, dtype=torch.bool),
+            batch_size=[count],
+        ),
+        batch_size=[count],
+    )
+
+    class Policy(torch.nn.Module):
+        """Right on the left; on the right one of four times 0."""
+
+        def __init__(self):
+            super().__init__()
+            self.device = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, batch):
+            right = batch["observation"] > 5
+            coin = torch.arange(len(right)).unsqueeze(-1) % 4
+            batch["action"] = torch.where(right, coin > 0, coin > 1).float().expand(-1, chunk)
+            return batch
+
+    torch.manual_seed(0)
+    data = SimpleNamespace(transitions=transitions)
+    distances = figures.base_policy(data, Policy(), tmp_path / "policy.png", chunk_size=chunk)
+    assert (tmp_path / "policy.png").read_bytes().startswith(b"\x89PNG")
+    assert len(distances) == 4
+    # 0 and a quarter; the share of 1 among 300 neighbours has a deviation of 0.03.
+    assert max(distances[:2]) < 0.12
+    assert 0.13 < distances[-1] < 0.37
 
 
 def test_older_checkpoints_take_defaults(root, short_run, tmp_path):

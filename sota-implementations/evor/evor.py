@@ -42,6 +42,7 @@ def main(cfg: DictConfig) -> None:
     figures.learning_curve(run.history, output / "learning_curve.png")
     path = output / "reward_to_go.png"
     figures.reward_to_go(data, actor, cfg.loss.gamma, path, chunk_size=cfg.chunk_size)
+    figures.base_policy(data, policy, output / "base_policy.png", chunk_size=cfg.chunk_size)
     if "maze" in cfg.env.name:
         figures.maze(data, actor, episodes, utils.env_name(cfg), output / "maze.png")
     tqdm.write(f"Curves, pictures, logs and the checkpoint are in {output}")
