@@ -524,6 +524,84 @@ class TestSummary:
         assert summary["return_low"] == summary["return_high"] == -100.0
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_many_tasks_have_the_windows_of_each(root, short_run, chunk_size):
+    """Tables of two tasks and two lengths hold what the replay buffer of each samples."""
+    from many import Setting, TaskWindows
+
+    from torchrl_evor import OGBenchExperienceReplay
+
+    def replay(task, n_step=1):
+        return OGBenchExperienceReplay(
+            f"{TASK}-singletask-task{task}-v0",
+            root=root / "data",
+            source="local",
+            num_transitions=4000,
+            gamma=0.9,
+            n_step=n_step,
+            chunk_size=chunk_size,
+        )
+
+    settings = [Setting(0, task, n_step) for task in (1, 2) for n_step in (1, 4)]
+    tasks = {task: replay(task) for task in (1, 2)}
+    windows = TaskWindows(tasks, settings, 0.9, torch.device("cpu"), chunk_size)
+    # Windows of all settings start at the same rows here.
+    alone = [replay(setting.task, setting.n_step) for setting in settings]
+    assert all(len(data) == len(windows.start) for data in alone)
+    together = windows.value_batch(windows.start.unsqueeze(0))
+    imitated = windows.policy_batch(windows.start.unsqueeze(0))
+    for index, data in enumerate(alone):
+        batch = data[:]
+        keys = ("observation", "action", "steps_to_next_obs")
+        nested = ("observation", "action", "reward", "terminated")
+        for key in (*keys, *(("next", name) for name in nested)):
+            torch.testing.assert_close(together[index][key], batch[key], msg=str(key))
+        assert torch.equal(imitated["action"][0], batch["action"])
+
+
+def test_many_shares_no_candidates_between_chunks(root, short_run):
+    from hydra import compose, initialize_config_dir
+    from many import Program
+
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        cfg = compose("many", overrides=["methods=[evor,qc-1]", "chunk_size=5"])
+    with pytest.raises(ValueError, match="chunk_size must be 1 for method 'qc-1', got 5"):
+        Program(cfg, TASK, 0.99, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_many_in_chunks(root):
+    """The whole way to a row and to an agent that studies open."""
+    import results_io
+    import studies
+
+    output = root / "many_chunks"
+    result = run(
+        "many.py",
+        root,
+        "chunk_size=3",
+        "data.num_transitions=4000",
+        "hidden_sizes=[16,16]",
+        "num_updates=2",
+        "tasks=[1]",
+        "n_steps=[2]",
+        "methods=[evor,scalar,bc]",
+        "actor.num_candidates=2",
+        "actor.num_samples=2",
+        "eval.episodes=1",
+        "eval.processes=1",
+        "device=cpu",
+        f"results_dir={output / 'results'}",
+        f"hydra.run.dir={output}",
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = results_io.read_rows(output / "results")
+    assert {row.method for row in rows} == {"evor-3", "scalar-3", "bc-3"}
+    trained = studies.load(output / "agents" / f"{TASK}_task1_seed0_evor-3_n2.pt")
+    assert (trained.method, trained.chunk_size) == ("evor-3", 3)
+    assert trained.policy.module.action_dim == 6
+
+
 @pytest.mark.slow
 def test_many_runs_leave_a_row_for_each(root):
     result = run(

@@ -61,6 +61,7 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
     )
     setting = many_setting()
     cfg = SimpleNamespace(
+        chunk_size=1,
         hidden_sizes=[8],
         activation="gelu_tanh",
         policy_steps=2,

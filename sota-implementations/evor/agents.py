@@ -46,10 +46,13 @@ class Agent:
 def save(folder: Path, env: str, method: str, setting, agent: Agent, program) -> Path:
     """Writes one agent with what is needed to build it again; atomic."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{env}_task{setting.task}_seed{setting.seed}_{method}_n{setting.n_step}.pt"
+    chunk_size = program.cfg.chunk_size
+    label = utils.method_name(method, chunk_size)
+    name = f"{env}_task{setting.task}_seed{setting.seed}_{label}_n{setting.n_step}.pt"
     content = {
         "env": env,
         "method": method,
+        "chunk_size": chunk_size,
         **asdict(setting),
         "num_updates": program.num_updates,
         "num_transitions": len(program.windows[method].observation),
@@ -118,17 +121,25 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
     actor = load(path, device, **options)
     torch.manual_seed(seed)
     name = f"{content['env']}-singletask-task{content['task']}-v0"
+    chunk_size = content.get("chunk_size", 1)  # older files have none
     with set_exploration_type(ExplorationType.RANDOM):
         outcome = rollout_episodes(
-            lambda: OGBenchEnv(name), actor, episodes, seed=seed, num_envs=episodes, device=device
+            lambda: OGBenchEnv(name),
+            actor,
+            episodes,
+            seed=seed,
+            num_envs=episodes,
+            chunk_size=chunk_size,
+            device=device,
         )
     if content["method"] == "bc":
         options = {}  # none of the actor's play a part
     states = (content["policy"], *content["value"])
     parameters = sum(value.numel() for state in states for value in state.values())
-    kept = ("env", "task", "seed", "method", "n_step", "num_updates", "num_transitions")
+    kept = ("env", "task", "seed", "n_step", "num_updates", "num_transitions", "batch_size")
     return {
-        **{key: content[key] for key in (*kept, "batch_size")},
+        **{key: content[key] for key in kept},
+        "method": utils.method_name(content["method"], chunk_size),
         "hidden": "x".join(map(str, content["hidden_sizes"])),
         **options,
         **utils.episode_columns(outcome),

@@ -39,6 +39,7 @@ from torchrl_evor import (
 )
 from torchrl_evor.data import OGBenchExperienceReplay
 from torchrl_evor.data.datasets import make_windows
+from torchrl_evor.modules.functional import check_positive
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,12 @@ class TaskWindows:
         settings (list of Setting): ``M`` settings, grouped by seed.
         gamma (float): discount per step.
         device (torch.device): where tables lie and batches are made.
+        chunk_size (int, optional): actions per decision. Defaults to 1.
     """
 
-    def __init__(self, replays: dict, settings: list[Setting], gamma: float, device) -> None:
+    def __init__(
+        self, replays: dict, settings: list[Setting], gamma: float, device, chunk_size: int = 1
+    ) -> None:
         data = next(iter(replays.values())).transitions
         self.num_seeds = len({setting.seed for setting in settings})
         # Behind the last transition there is a state whose action is known.
@@ -70,7 +74,7 @@ class TaskWindows:
         self.observation, self.action, self.next_observation, self.next_action = columns
         size, valid, tables = len(data), torch.ones(len(data), dtype=torch.bool), {}
         for task, n_step in {(s.task, s.n_step) for s in settings}:
-            windows = make_windows(replays[task].transitions, n_step, 1, gamma)
+            windows = make_windows(replays[task].transitions, n_step, chunk_size, gamma)
             valid &= torch.zeros(size, dtype=torch.bool).index_fill_(0, windows.start, True)
             tables[task, n_step] = self._scatter(windows, size)
         rows = [tables[s.task, s.n_step] for s in settings]
@@ -78,6 +82,7 @@ class TaskWindows:
             torch.stack(column).to(device) for column in zip(*rows)
         )
         self.start = valid.nonzero().squeeze(-1).to(device)
+        self._steps = torch.arange(chunk_size, device=device)
 
     @staticmethod
     def _scatter(windows, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,11 +94,16 @@ class TaskWindows:
         shape = (self.num_seeds, batch_size)
         return self.start[torch.randint(len(self.start), shape, device=self.start.device)]
 
+    def _chunk(self, action: Tensor, first: Tensor) -> Tensor:
+        """Chunks of ``action`` that begin at ``first`` ``[*B]``, flattened, ``[*B, h * act]``."""
+        # Behind a terminal, where the next chunk does not count, it may leave the data.
+        index = (first.unsqueeze(-1) + self._steps).clamp_max(len(action) - 1)
+        return action[index].flatten(-2)
+
     def policy_batch(self, row: Tensor) -> TensorDict:
         """What the base policies imitate, ``[S, B]``."""
-        return TensorDict(
-            observation=self.observation[row], action=self.action[row], batch_size=row.shape
-        )
+        action = self._chunk(self.action, row)
+        return TensorDict(observation=self.observation[row], action=action, batch_size=row.shape)
 
     def value_batch(self, row: Tensor) -> TensorDict:
         """Windows of every setting at the rows of its seed, ``[M, B]``."""
@@ -102,14 +112,14 @@ class TaskWindows:
         terminated = self.terminated.gather(1, row).unsqueeze(-1)
         following = {
             "observation": self.next_observation[end],
-            "action": self.next_action[end],
+            "action": self._chunk(self.next_action, end),
             "reward": self.reward.gather(1, row).unsqueeze(-1),
             "terminated": terminated,
             "done": terminated,
         }
         return TensorDict(
             observation=self.observation[row],
-            action=self.action[row],
+            action=self._chunk(self.action, row),
             steps_to_next_obs=(end - row + 1).unsqueeze(-1),
             next=TensorDict(following, batch_size=row.shape),
             batch_size=row.shape,
@@ -143,6 +153,10 @@ class Program:
     """
 
     def __init__(self, cfg: DictConfig, name: str, gamma: float, device: torch.device) -> None:
+        check_positive("chunk_size", cfg.chunk_size)
+        if cfg.chunk_size > 1 and "qc-1" in cfg.methods:
+            # Tasks may end a chunk at different states, so that they could not share candidates.
+            raise ValueError(f"chunk_size must be 1 for method 'qc-1', got {cfg.chunk_size}.")
         self.cfg, self.name, self.gamma, self.device = cfg, name, gamma, device
         self.replays = {task: load_task(cfg, name, task, gamma) for task in cfg.tasks}
         self.settings = {
@@ -155,9 +169,11 @@ class Program:
             for method in cfg.methods
         }
         self.windows = {
-            method: TaskWindows(self.replays, settings, gamma, device)
+            method: TaskWindows(self.replays, settings, gamma, device, cfg.chunk_size)
             for method, settings in self.settings.items()
         }
+        self.observation_dim = self._first_windows.observation.shape[-1]
+        self.action_dim = cfg.chunk_size * self._first_windows.action.shape[-1]
         # The same for all tasks, which share their data.
         replay = next(iter(self.replays.values()))
         self.statistics = utils.input_units(cfg.data.observation_spread, replay)
@@ -184,10 +200,10 @@ class Program:
 
     def _make_policy(self) -> FlowMatchingPolicy:
         """One base policy for each seed, shared by all methods and tasks."""
-        windows = self._first_windows
-        observation_dim, action_dim = windows.observation.shape[-1], windows.action.shape[-1]
-        network = self._stack(windows.num_seeds, observation_dim + action_dim + 1, action_dim)
-        return FlowMatchingPolicy(network, action_dim, self.cfg.policy_steps).to(self.device)
+        features = self.observation_dim + self.action_dim + 1
+        network = self._stack(self._first_windows.num_seeds, features, self.action_dim)
+        policy = FlowMatchingPolicy(network, self.action_dim, self.cfg.policy_steps)
+        return policy.to(self.device)
 
     def _stack(self, num_models: int, in_features: int, out_features: int = 1, layer_norm=False):
         """Networks that start as if observations were standardised."""
@@ -203,10 +219,10 @@ class Program:
 
     def _make_loss(self, method: str) -> torch.nn.Module:
         """The loss of a method over its stack of value networks."""
-        settings, windows = self.settings[method], self.windows[method]
+        settings = self.settings[method]
         statistics = [self.replays[s.task].return_statistics(self.gamma) for s in settings]
         loc, scale = (torch.tensor(column) for column in zip(*statistics))
-        features = windows.observation.shape[-1] + windows.action.shape[-1]
+        features = self.observation_dim + self.action_dim
         if method == "evor":
             network = self._stack(len(settings), features + 2, layer_norm=True)
             steps, solver = self.cfg.value_steps, self.cfg.value_solver

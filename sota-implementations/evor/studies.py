@@ -97,8 +97,14 @@ def _load_agent(path: Path, device) -> Trained:
         raise ValueError(f"checkpoint={str(path)!r} is no agent of many.py: {error!r}") from error
     if content["method"] == "bc":
         raise ValueError(f"checkpoint={str(path)!r} is a 'bc' agent, without a value to act by.")
-    labels = {name: content[name] for name in ("env", "task", "method", "seed")}
-    return Trained(actor.policy, actor.returns, **labels)
+    chunk_size = content.get("chunk_size", 1)  # older files have none
+    return Trained(
+        actor.policy,
+        actor.returns,
+        **{name: content[name] for name in ("env", "task", "seed")},
+        method=utils.method_name(content["method"], chunk_size),
+        chunk_size=chunk_size,
+    )
 
 
 def _load_run(folder: Path, device) -> Trained:
