@@ -231,7 +231,27 @@ class TestReport:
         text = run(root)
         assert text.index("All 2 environments") < text.index(f"### {ENV}")
         assert cells(text, "evor")[1:3] == ["2 × 2", "50.0 [50.0, 50.0]"]
-        assert "bc is left out: run on 1 of the environments." in text
+        assert "Left out, because not run on all of them: bc." in text
+
+    def test_names_of_one_method_in_several_environments(self, root):
+        """Single actions here, chunks there: 0 and 1 for EVOR, 0.5 twice for the other."""
+        for env, chunk, success in ((ENV, "", 0.0), ("scene-play", "-5", 1.0)):
+            add_all(root, f"evor{chunk}", [[success], [success]], env=env)
+            add_all(root, f"scalar{chunk}", [[0.25], [0.25]], env=env)
+        options = ["--same", "EVOR=evor,evor-5", "--same", "scalar critic=scalar,scalar-5"]
+        text = run(root, *options, "--reference", "EVOR").split(f"### {ENV}")[0]
+        assert cells(text, "EVOR")[1:3] == ["2 × 2", "50.0 [50.0, 50.0]"]
+        comparison = text[text.index("EVOR against") :]
+        assert cells(comparison, "scalar critic")[1] == "25.0 [25.0, 25.0]"
+
+    def test_two_methods_of_an_environment_are_not_the_same(self, root):
+        for method in ("evor", "scalar"):
+            add_all(root, method, [[1.0], [1.0]])
+        add_all(root, "evor", [[1.0], [1.0]], env="scene-play")
+        with pytest.raises(ValueError, match="--same both must name one method for each"):
+            run(root, "--same", "both=evor,scalar")
+        with pytest.raises(ValueError, match="--same must be NAME=METHOD,METHOD"):
+            run(root, "--same", "both=evor,qc")
 
     def test_unequal_seeds_across_environments_are_not_pooled(self, root):
         add_all(root, "evor", [[1.0], [1.0]])

@@ -8,6 +8,7 @@
     python report.py --readme ../../README.md         also renews the tables of the README
     python report.py --where evor:tau_r=inf           picks one of several settings
     python report.py --split tau_r                    shows each of them as a method of its own
+    python report.py --same EVOR=evor,evor-5          one method in the table of all environments
 
 Reads results/<env>/<method>.csv (see results_io.py), one row per trained seed and task. Per
 environment: mean and interquartile mean (IQM) of success with intervals by stratified bootstrap
@@ -232,7 +233,9 @@ def task_table(methods: list[Method]) -> str:
     return table(header, rows)
 
 
-def comparison_table(methods: list[Method], reference: str, estimator: Estimator) -> str:
+def comparison_table(
+    methods: list[Method] | list[Pooled], reference: str, estimator: Estimator
+) -> str:
     """The reference method against every other one."""
     first = next(method for method in methods if method.name == reference)
     level = f"{100 * estimator.confidence:g} %"
@@ -283,26 +286,71 @@ def environment_section(
     return "\n\n".join(parts)
 
 
-def overall_section(environments: dict[str, list[Method]], estimator: Estimator) -> str:
+@dataclasses.dataclass
+class Pooled:
+    """All tasks of all environments of one method; success and returns as ``[seeds, tasks]``."""
+
+    name: str
+    scores: np.ndarray
+    returns: np.ndarray
+
+
+def overall_section(
+    environments: dict[str, list[Method]],
+    references: list[str],
+    estimator: Estimator,
+    same: dict[str, str],
+) -> str:
     """All tasks of all environments, for the methods that were run on each of them."""
-    by_name: dict[str, list[np.ndarray]] = {}
+    by_name: dict[str, list[Method]] = {}
     for methods in environments.values():
         for method in methods:
-            by_name.setdefault(method.name, []).append(method.scores)
-    rows, notes = [], []
-    for name, matrices in sorted(by_name.items()):
-        seeds = [len(matrix) for matrix in matrices]
-        if len(matrices) < len(environments):
-            notes.append(f"{name} is left out: run on {len(matrices)} of the environments.")
+            by_name.setdefault(same.get(method.name, method.name), []).append(method)
+    pooled, missing, notes = [], [], []
+    for name, parts in sorted(by_name.items()):
+        seeds = [len(part.scores) for part in parts]
+        if len({part.rows[0].env for part in parts}) < len(parts):
+            raise ValueError(f"--same {name} must name one method for each environment.")
+        if len(parts) < len(environments):
+            missing.append(name)
         elif len(set(seeds)) > 1:
             notes.append(f"{name} is left out: {seeds} seeds, not the same number everywhere.")
         else:
-            scores = np.concatenate(matrices, axis=1)
-            shape = "{} × {}".format(*scores.shape)
-            rows.append([name, shape, estimator.text(mean, scores), estimator.text(iqm, scores)])
-    header = ["Method", "Seeds × tasks", "Success, mean", "Success, IQM"]
+            columns = zip(*((part.scores, part.returns) for part in parts))
+            pooled.append(Pooled(name, *(np.concatenate(x, axis=1) for x in columns)))
+    if missing:
+        notes.append(f"Left out, because not run on all of them: {', '.join(missing)}.")
+    level = f"{100 * estimator.confidence:g} %"
+    header = ["Method", "Seeds × tasks", f"Success, mean [{level}]", f"Success, IQM [{level}]"]
+    rows = [
+        [
+            method.name,
+            "{} × {}".format(*method.scores.shape),
+            estimator.text(mean, method.scores),
+            estimator.text(iqm, method.scores),
+        ]
+        for method in pooled
+    ]
     body = [table(header, rows)] if rows else []
+    here = [name for name in references if name in [method.name for method in pooled]]
+    if len(pooled) > 1:
+        body += [comparison_table(pooled, name, estimator) for name in here]
     return "\n\n".join([f"### All {len(environments)} environments", *body, *notes])
+
+
+def parse_same(options: list[str], names: set[str]) -> dict[str, str]:
+    """Method -> the name it shares with methods of other environments."""
+    same: dict[str, str] = {}
+    for option in options:
+        name, _, members = option.partition("=")
+        for member in members.split(","):
+            if member not in names:
+                raise ValueError(
+                    f"--same must be NAME=METHOD,METHOD with methods of {sorted(names)}, "
+                    f"got {option!r}."
+                )
+            same[member] = name
+    return same
 
 
 def plot_environment(env: str, methods: list[Method], estimator: Estimator, path: Path) -> None:
@@ -352,6 +400,8 @@ def build(args: argparse.Namespace) -> str:
     """The report's text; writes the plots on the way."""
     environments = group(split(select(read_rows(args.results), args.where), args.split))
     names = {method.name for methods in environments.values() for method in methods}
+    same = parse_same(args.same, names)
+    names |= set(same.values())
     if args.reference is not None and (unknown := sorted(set(args.reference) - names)):
         raise ValueError(f"--reference must be one of {sorted(names)}, got {unknown}.")
     references = ["evor"] if args.reference is None else args.reference
@@ -362,7 +412,7 @@ def build(args: argparse.Namespace) -> str:
         for env, methods in environments.items()
     ]
     if len(environments) > 1:
-        sections.insert(0, overall_section(environments, estimator))
+        sections.insert(0, overall_section(environments, references, estimator, same))
     for env, methods in environments.items() if args.plots else ():
         plot_environment(env, methods, estimator, args.output / f"{env}.png")
         sections.append(f"![Success on {env}]({PLOTS}/{env}.png)")
@@ -388,6 +438,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--split", action="append", default=[], metavar="COLUMN", help="a method for each value")
     text = "method that the others are compared with, one for each use; evor by default"
     add("--reference", action="append", metavar="METHOD", help=text)
+    text = "what is one method in the table of all environments, under whatever name in each"
+    add("--same", action="append", default=[], metavar="NAME=METHOD,METHOD", help=text)
     add("--num-resamples", type=int, default=2000, help="bootstrap resamples")
     add("--confidence", type=float, default=0.95, help="mass of the intervals")
     add("--seed", type=int, default=0, help="seed of the bootstrap")
