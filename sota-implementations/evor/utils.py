@@ -42,9 +42,9 @@ from torchrl_evor.envs import resolve_environment, rollout_episodes
 from torchrl_evor.modules.functional import check_positive, check_temperature
 from torchrl_evor.record import wilson_interval
 
-# What a checkpoint must share with the run that continues it; the last two are train_baseline.py's.
-IDENTITY = ("env", "chunk_size", "data", "policy", "value", "loss", "optim", "seed")
-IDENTITY = (*IDENTITY, "method", "baseline")
+# What a checkpoint must share with the run that continues it; train_baseline.py adds the last two.
+RECIPE = ("env", "chunk_size", "data", "policy", "value", "loss", "optim", "seed")
+IDENTITY = (*RECIPE, "method", "baseline")
 COUNTS = (
     "chunk_size",
     "data.batch_size",
