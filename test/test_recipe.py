@@ -329,27 +329,6 @@ def test_improved_options_reach_every_loss():
         assert {name: getattr(made, name) for name in options} == options
 
 
-@pytest.mark.parametrize("method", ["evor", "scalar", "bc", "iql"])
-def test_base_policies_may_learn_at_a_rate_of_their_own(method):
-    import train_baseline
-    import utils
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(str(RECIPE), version_base="1.3"):
-        overrides = [f"method={method}", "optim.lr=1e-3", "optim.policy_lr=0.1"]
-        cfg = compose("baselines", overrides=[*overrides, "value.hidden_sizes=[8]"])
-    sizes = train_baseline.plain_sizes(cfg, 2, 2)
-    loss, _, optimizer, _ = train_baseline.make_agent(cfg, sizes, torch.device("cpu"))
-    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    named = dict(loss.named_parameters())
-    assert set(rates) == set(named.values())
-    for name, parameter in named.items():
-        assert rates[parameter] == (0.1 if name.startswith("actor") else 1e-3), name
-    cfg.optim.policy_lr = None
-    (group,) = utils.make_optimizer(cfg, loss).param_groups
-    assert group["lr"] == 1e-3 and len(group["params"]) == len(named)
-
-
 def test_spread_of_the_observations():
     """Networks see ``spread * (x - mean) / deviation``."""
     import utils

@@ -94,8 +94,6 @@ def settings(cfg: DictConfig) -> str:
         "policy_steps": cfg.policy.num_steps,
         "value_steps": cfg.value.num_steps,
     }
-    if cfg.optim.policy_lr is not None:
-        parts["policy_lr"] = cfg.optim.policy_lr
     if cfg.loss.next_action == "improved":
         parts.update({f"improved.{name}": value for name, value in cfg.loss.improved.items()})
     return " ".join(f"{name}={value}" for name, value in parts.items())

@@ -67,7 +67,7 @@ def make_agent(cfg: DictConfig, sizes: baselines.Sizes, device: torch.device):
     )
     loss.make_value_estimator(gamma=cfg.loss.gamma)
     loss, actor = loss.to(device), actor.to(device)
-    optimizer = utils.make_optimizer(cfg, loss)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.optim.lr, fused=True)
     updater = None if cfg.method == "bc" else SoftUpdate(loss, tau=cfg.loss.tau)
     return loss, actor, optimizer, updater
 

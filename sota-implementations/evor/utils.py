@@ -232,19 +232,8 @@ def make_loss(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow):
     options = {"td_target": cfg.loss.td_target, "next_action": cfg.loss.next_action}
     loss = EVORLoss(policy, returns, **options, **cfg.loss.improved)
     loss.make_value_estimator(gamma=cfg.loss.gamma)
-    return loss, SoftUpdate(loss, tau=cfg.loss.tau), make_optimizer(cfg, loss)
-
-
-def make_optimizer(cfg: DictConfig, loss: LossModule) -> torch.optim.Adam:
-    """Adam, at ``optim.policy_lr`` for the base policy if there is one, else at ``optim.lr``."""
-    groups = [{"params": list(loss.parameters())}]
-    if cfg.optim.policy_lr is not None:
-        policy, values = [], []
-        for name, parameter in loss.named_parameters():
-            (policy if name.startswith("actor_network_params") else values).append(parameter)
-        groups = [{"params": policy, "lr": cfg.optim.policy_lr}, {"params": values}]
-    groups = [group for group in groups if group["params"]]  # cloning has no value
-    return torch.optim.Adam(groups, lr=cfg.optim.lr, fused=True)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.optim.lr, fused=True)
+    return loss, SoftUpdate(loss, tau=cfg.loss.tau), optimizer
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, num_updates: int) -> LambdaLR:
