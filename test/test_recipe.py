@@ -48,6 +48,17 @@ SMALL = [
 ]
 
 
+SMALL_MANY = [
+    "data.num_transitions=4000",
+    "hidden_sizes=[16,16]",
+    "actor.num_candidates=2",
+    "actor.num_samples=2",
+    "eval.episodes=1",
+    "eval.processes=1",
+    "device=cpu",
+]
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """One folder, and so one collection of data, for all runs."""
@@ -579,18 +590,12 @@ def test_many_in_chunks(root):
     result = run(
         "many.py",
         root,
+        *SMALL_MANY,
         "chunk_size=3",
-        "data.num_transitions=4000",
-        "hidden_sizes=[16,16]",
         "num_updates=2",
         "tasks=[1]",
         "n_steps=[2]",
         "methods=[evor,scalar,bc]",
-        "actor.num_candidates=2",
-        "actor.num_samples=2",
-        "eval.episodes=1",
-        "eval.processes=1",
-        "device=cpu",
         f"results_dir={output / 'results'}",
         f"hydra.run.dir={output}",
     )
@@ -607,19 +612,13 @@ def test_many_runs_leave_a_row_for_each(root):
     result = run(
         "many.py",
         root,
-        "data.num_transitions=4000",
-        "hidden_sizes=[16,16]",
+        *SMALL_MANY,
         "num_updates=4",
         "logger.interval=2",
         "tasks=[1,2]",
         "n_steps=[5]",
         "methods=[evor,scalar,qc-1,bc]",
-        "actor.num_candidates=2",
         "qc_candidates=2",
-        "actor.num_samples=2",
-        "eval.episodes=1",
-        "eval.processes=1",
-        "device=cpu",
         f"results_dir={root / 'results'}",
         f"hydra.run.dir={root / 'many'}",
     )

@@ -272,7 +272,7 @@ def agent_states(path: Path, number: int) -> list[Trained]:
 
     from torchrl_evor import OGBenchEnv
 
-    actor = agents.load(path, num_candidates=32)
+    actor = agents.build(agents.read(path), num_candidates=32)
     content = torch.load(path, map_location="cpu", weights_only=True)
     env = OGBenchEnv(f"{content['env']}-singletask-task{content['task']}-v0")
     states = [env.reset() for _ in range(number)]

@@ -76,15 +76,19 @@ def save(folder: Path, env: str, method: str, setting, agent: Agent, program) ->
     return folder / name
 
 
-def load(path: Path, device: torch.device | str = "cpu", **actor_options):
+def read(path: Path) -> dict:
+    """Content of an agent file, with the defaults of what is younger than the file."""
+    return {"chunk_size": 1, **torch.load(path, map_location="cpu", weights_only=True)}
+
+
+def build(content: dict, device: torch.device | str = "cpu", **actor_options):
     """Builds the actor of an agent file, for behaviour cloning the base policy.
 
     Args:
-        path (Path): a file that :func:`save` wrote.
+        content (dict): what :func:`read` returns.
         device (torch.device): where the networks go.
         **actor_options: options of :class:`EVORActor`.
     """
-    content = torch.load(path, map_location=device, weights_only=True)
     options = {key: content[key] for key in ("hidden_sizes", "activation")}
     policy = _network(content["policy"], layer_norm=False, **options)
     members = [_network(state, layer_norm=True, **options) for state in content["value"]]
@@ -117,11 +121,10 @@ def _network(state: dict, **options) -> VelocityMLP:
 def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: dict) -> dict:
     """Outcome of one agent file with some options of its actor; runs in a process of its own."""
     torch.set_num_threads(1)
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    actor = load(path, device, **options)
+    content = read(path)
+    actor = build(content, device, **options)
     torch.manual_seed(seed)
     name = f"{content['env']}-singletask-task{content['task']}-v0"
-    chunk_size = content.get("chunk_size", 1)  # older files have none
     with set_exploration_type(ExplorationType.RANDOM):
         outcome = rollout_episodes(
             lambda: OGBenchEnv(name),
@@ -129,7 +132,7 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
             episodes,
             seed=seed,
             num_envs=episodes,
-            chunk_size=chunk_size,
+            chunk_size=content["chunk_size"],
             device=device,
         )
     if content["method"] == "bc":
@@ -139,7 +142,7 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
     kept = ("env", "task", "seed", "n_step", "num_updates", "num_transitions", "batch_size")
     return {
         **{key: content[key] for key in kept},
-        "method": utils.method_name(content["method"], chunk_size),
+        "method": utils.method_name(content["method"], content["chunk_size"]),
         "hidden": "x".join(map(str, content["hidden_sizes"])),
         **options,
         **utils.episode_columns(outcome),

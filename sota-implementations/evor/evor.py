@@ -28,14 +28,9 @@ def main(cfg: DictConfig) -> None:
     data = utils.make_data(cfg)
     policy, returns = utils.make_networks(cfg, data, device)
     loss, updater, optimizer = utils.make_loss(cfg, policy, returns)
-    scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
-    update = utils.make_update(cfg, loss, updater, optimizer, scheduler)
     actor = utils.make_actor(cfg, policy, returns)
-    modules = {"loss": loss, "updater": updater, "optimizer": optimizer, "scheduler": scheduler}
-    run = utils.Run(cfg, output, **modules)
-    run.resume()
 
-    utils.train(cfg, run, data, update, actor)
+    run = utils.train(cfg, output, data, loss, updater, optimizer, actor)
     episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
     tqdm.write(run.log_episodes(episodes))
     utils.append_result(cfg, run, "evor", actor, episodes)

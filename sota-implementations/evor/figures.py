@@ -17,7 +17,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from torchrl_evor import EVORActor, FlowMatchingPolicy, OGBenchEnv, OGBenchExperienceReplay
-from torchrl_evor.data.datasets import make_windows
+from torchrl_evor.data.datasets import gather_chunks, make_windows
 
 matplotlib.use("Agg")
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
@@ -43,7 +43,8 @@ def learning_curve(history: dict[str, list[dict]], path: Path) -> None:
         losses.plot(steps, curve, label=LABELS.get(name, name))
     positive = all(value > 0 for curve in curves.values() for value in curve)
     losses.set(xlabel="updates", ylabel="loss", yscale="log" if positive else "linear")
-    losses.legend(frameon=False)
+    if curves:  # a run shorter than the log interval has none
+        losses.legend(frameon=False)
     rows = history["eval"]
     steps, means = [row["step"] for row in rows], [row["success"] for row in rows]
     below = [row["success"] - row["success_low"] for row in rows]
@@ -78,24 +79,18 @@ def reward_to_go(
     remaining = windows.last - windows.start
     kept = remaining >= remaining.median()
     rows, end = windows.start[kept], windows.end[kept]
-    steps = torch.arange(chunk_size)
     observation = transitions["observation"][rows]
     device = actor.returns.loc.device
 
-    def chunks(actions: Tensor, first: Tensor) -> Tensor:
-        # Behind a terminal, where the next chunk does not count, it may leave the data.
-        index = (first.unsqueeze(-1) + steps).clamp_max(len(actions) - 1)
-        return actions[index].flatten(-2).to(device)
-
     def data_returns(index: Tensor) -> Tensor:
         following = transitions["next", "observation"][end[index]].to(device)
-        action = chunks(transitions["next", "action"], end[index])
-        rest = actor.returns.sample(following, action, 1)
+        action = gather_chunks(transitions["next", "action"], end[index], chunk_size)
+        rest = actor.returns.sample(following, action.to(device), 1)
         weight = gamma ** (end[index] - rows[index] + 1) * ~windows.terminated[kept][index]
         return windows.reward[kept][index] + weight * rest.squeeze(-1).cpu()
 
     def law(index: Tensor, num_quantiles: int) -> Tensor:
-        action = chunks(transitions["action"], rows[index])
+        action = gather_chunks(transitions["action"], rows[index], chunk_size).to(device)
         return actor.returns.quantiles(observation[index].to(device), action, num_quantiles).cpu()
 
     subset = torch.randperm(len(rows))[:5000]
@@ -157,8 +152,7 @@ def base_policy(
     for axis, centre in zip(axes, part[common]):
         distance = (observation / spread - centre).square().sum(-1)
         index = distance.topk(min(num_neighbours, len(rows)), largest=False).indices
-        steps = rows[index].unsqueeze(-1) + torch.arange(chunk_size)
-        did = transitions["action"][steps].flatten(-2)
+        did = gather_chunks(transitions["action"], rows[index], chunk_size)
         batch = TensorDict(observation=observation[index], batch_size=[len(index)])
         proposed = policy(batch.to(next(policy.parameters()).device))["action"].cpu()
         direction = torch.linalg.svd(did - did.mean(0), full_matrices=False).Vh[0]

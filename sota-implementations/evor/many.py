@@ -38,7 +38,7 @@ from torchrl_evor import (
     StackedVelocityMLP,
 )
 from torchrl_evor.data import OGBenchExperienceReplay
-from torchrl_evor.data.datasets import make_windows
+from torchrl_evor.data.datasets import gather_chunks, make_windows
 from torchrl_evor.modules.functional import check_positive
 
 
@@ -82,7 +82,7 @@ class TaskWindows:
             torch.stack(column).to(device) for column in zip(*rows)
         )
         self.start = valid.nonzero().squeeze(-1).to(device)
-        self._steps = torch.arange(chunk_size, device=device)
+        self.chunk_size = chunk_size
 
     @staticmethod
     def _scatter(windows, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,15 +94,9 @@ class TaskWindows:
         shape = (self.num_seeds, batch_size)
         return self.start[torch.randint(len(self.start), shape, device=self.start.device)]
 
-    def _chunk(self, action: Tensor, first: Tensor) -> Tensor:
-        """Chunks of ``action`` that begin at ``first`` ``[*B]``, flattened, ``[*B, h * act]``."""
-        # Behind a terminal, where the next chunk does not count, it may leave the data.
-        index = (first.unsqueeze(-1) + self._steps).clamp_max(len(action) - 1)
-        return action[index].flatten(-2)
-
     def policy_batch(self, row: Tensor) -> TensorDict:
         """What the base policies imitate, ``[S, B]``."""
-        action = self._chunk(self.action, row)
+        action = gather_chunks(self.action, row, self.chunk_size)
         return TensorDict(observation=self.observation[row], action=action, batch_size=row.shape)
 
     def value_batch(self, row: Tensor) -> TensorDict:
@@ -112,14 +106,14 @@ class TaskWindows:
         terminated = self.terminated.gather(1, row).unsqueeze(-1)
         following = {
             "observation": self.next_observation[end],
-            "action": self._chunk(self.next_action, end),
+            "action": gather_chunks(self.next_action, end, self.chunk_size),
             "reward": self.reward.gather(1, row).unsqueeze(-1),
             "terminated": terminated,
             "done": terminated,
         }
         return TensorDict(
             observation=self.observation[row],
-            action=self._chunk(self.action, row),
+            action=gather_chunks(self.action, row, self.chunk_size),
             steps_to_next_obs=(end - row + 1).unsqueeze(-1),
             next=TensorDict(following, batch_size=row.shape),
             batch_size=row.shape,

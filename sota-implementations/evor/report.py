@@ -199,10 +199,23 @@ def number(value: float | None, form: str = ",.0f", scale: float = 1.0) -> str:
     return "-" if value is None else format(scale * value, form)
 
 
+def success_header(estimator: Estimator) -> list[str]:
+    """Header of :func:`success_cells`."""
+    level = f"{100 * estimator.confidence:g} %"
+    return ["Method", "Seeds × tasks", f"Success, mean [{level}]", f"Success, IQM [{level}]"]
+
+
+def success_cells(method: Method | Pooled, estimator: Estimator) -> list[str]:
+    """Name, size and success of a method."""
+    shape = "{} × {}".format(*method.scores.shape)
+    estimates = (estimator.text(statistic, method.scores) for statistic in (mean, iqm))
+    return [method.name, shape, *estimates]
+
+
 def main_table(methods: list[Method], published: list[dict], estimator: Estimator) -> str:
     """Success with intervals and cost of each method; published numbers in the last column."""
     level = f"{100 * estimator.confidence:g} %"
-    header = ["Method", "Seeds × tasks", f"Success, mean [{level}]", f"Success, IQM [{level}]"]
+    header = success_header(estimator)
     header += [f"Return, mean [{level}]", "Training, s", "ms per decision", "Peak MB", "Parameters"]
     header += ["**Published, not our runs** (%)"]
     cited = {row["method"]: f"{row['success_percent']} ({row['source']})" for row in published}
@@ -210,10 +223,7 @@ def main_table(methods: list[Method], published: list[dict], estimator: Estimato
     for method in methods:
         rows.append(
             [
-                method.name,
-                "{} × {}".format(*method.scores.shape),
-                estimator.text(mean, method.scores),
-                estimator.text(iqm, method.scores),
+                *success_cells(method, estimator),
                 estimator.text(mean, method.returns, scale=1),
                 number(method.average("train_seconds")),
                 number(method.average("eval_seconds_per_decision"), ".2f", 1e3),
@@ -258,6 +268,14 @@ def comparison_table(
     return table(header, rows)
 
 
+def comparison_tables(
+    methods: list[Method] | list[Pooled], references: list[str], estimator: Estimator
+) -> list[str]:
+    """A comparison for each reference that is among the methods, if there is another one."""
+    here = [name for name in references if name in [method.name for method in methods]]
+    return [comparison_table(methods, name, estimator) for name in here if len(methods) > 1]
+
+
 def settings_list(methods: list[Method]) -> str:
     """What each method's rows were made with, and a command that repeats one of them."""
     lines = []
@@ -279,9 +297,7 @@ def environment_section(
 ) -> str:
     """Everything about one environment."""
     parts = [f"### {env}", main_table(methods, published, estimator), task_table(methods)]
-    here = [name for name in references if name in [method.name for method in methods]]
-    if len(methods) > 1:
-        parts += [comparison_table(methods, name, estimator) for name in here]
+    parts += comparison_tables(methods, references, estimator)
     parts.append(settings_list(methods))
     return "\n\n".join(parts)
 
@@ -320,21 +336,9 @@ def overall_section(
             pooled.append(Pooled(name, *(np.concatenate(x, axis=1) for x in columns)))
     if missing:
         notes.append(f"Left out, because not run on all of them: {', '.join(missing)}.")
-    level = f"{100 * estimator.confidence:g} %"
-    header = ["Method", "Seeds × tasks", f"Success, mean [{level}]", f"Success, IQM [{level}]"]
-    rows = [
-        [
-            method.name,
-            "{} × {}".format(*method.scores.shape),
-            estimator.text(mean, method.scores),
-            estimator.text(iqm, method.scores),
-        ]
-        for method in pooled
-    ]
-    body = [table(header, rows)] if rows else []
-    here = [name for name in references if name in [method.name for method in pooled]]
-    if len(pooled) > 1:
-        body += [comparison_table(pooled, name, estimator) for name in here]
+    rows = [success_cells(method, estimator) for method in pooled]
+    body = [table(success_header(estimator), rows)] if rows else []
+    body += comparison_tables(pooled, references, estimator)
     return "\n\n".join([f"### All {len(environments)} environments", *body, *notes])
 
 

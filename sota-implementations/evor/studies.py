@@ -91,19 +91,17 @@ def load(checkpoint: str | Path | None, device: torch.device | str = "cpu") -> T
 
 def _load_agent(path: Path, device) -> Trained:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        actor = agents.load(path, device)
+        content = agents.read(path)
+        actor = agents.build(content, device)
     except Exception as error:
         raise ValueError(f"checkpoint={str(path)!r} is no agent of many.py: {error!r}") from error
     if content["method"] == "bc":
         raise ValueError(f"checkpoint={str(path)!r} is a 'bc' agent, without a value to act by.")
-    chunk_size = content.get("chunk_size", 1)  # older files have none
     return Trained(
         actor.policy,
         actor.returns,
-        **{name: content[name] for name in ("env", "task", "seed")},
-        method=utils.method_name(content["method"], chunk_size),
-        chunk_size=chunk_size,
+        **{name: content[name] for name in ("env", "task", "seed", "chunk_size")},
+        method=utils.method_name(content["method"], content["chunk_size"]),
     )
 
 

@@ -81,13 +81,8 @@ def main(cfg: DictConfig) -> None:
     utils.configure_torch(cfg)
     data = utils.make_data(cfg)
     loss, actor, optimizer, updater = make_agent(cfg, make_sizes(cfg, data), device)
-    scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
-    update = utils.make_update(cfg, loss, updater, optimizer, scheduler)
-    modules = {"loss": loss, "updater": updater, "optimizer": optimizer, "scheduler": scheduler}
-    run = utils.Run(cfg, output, **modules)
-    run.resume()
 
-    utils.train(cfg, run, data, update, actor)
+    run = utils.train(cfg, output, data, loss, updater, optimizer, actor)
     episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
     tqdm.write(f"{cfg.method}, {run.log_episodes(episodes)}")
     utils.append_result(cfg, run, cfg.method, actor, episodes)

@@ -10,7 +10,6 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import checkpoint_io
@@ -43,8 +42,8 @@ from torchrl_evor.modules.functional import check_positive, check_temperature
 from torchrl_evor.record import wilson_interval
 
 # What a checkpoint must share with the run that continues it; train_baseline.py adds the last two.
-RECIPE = ("env", "chunk_size", "data", "policy", "value", "loss", "optim", "seed")
-IDENTITY = (*RECIPE, "method", "baseline")
+IDENTITY = ("env", "chunk_size", "data", "policy", "value", "loss", "optim", "seed")
+IDENTITY += ("method", "baseline")
 COUNTS = (
     "chunk_size",
     "data.batch_size",
@@ -266,12 +265,19 @@ def make_update(
 
 def train(
     cfg: DictConfig,
-    run: Run,
+    output: Path,
     data: OGBenchExperienceReplay,
-    update: Callable[[TensorDictBase], TensorDictBase],
+    loss: LossModule,
+    updater: SoftUpdate | None,
+    optimizer: torch.optim.Optimizer,
     actor: TensorDictModuleBase,
-) -> None:
+) -> Run:
     """All updates that are left, with logs, checkpoints and evaluations along the way."""
+    scheduler = make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
+    update = make_update(cfg, loss, updater, optimizer, scheduler)
+    modules = {"loss": loss, "updater": updater, "optimizer": optimizer, "scheduler": scheduler}
+    run = Run(cfg, output, **modules)
+    run.resume()
     device = next(actor.parameters()).device
     with tqdm(total=cfg.optim.num_updates, initial=run.step, unit="update") as bar:
         while run.step < cfg.optim.num_updates:
@@ -288,6 +294,7 @@ def train(
                 episodes = evaluate(cfg, actor, cfg.eval.episodes)
                 bar.write(run.log_episodes(episodes))
     run.save()
+    return run
 
 
 def make_actor(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow) -> EVORActor:

@@ -4,7 +4,12 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-from torchrl_evor.data.datasets._ogbench_windows import Windows, WindowStorage, make_windows
+from torchrl_evor.data.datasets._ogbench_windows import (
+    Windows,
+    WindowStorage,
+    gather_chunks,
+    make_windows,
+)
 from torchrl_evor.data.datasets.ogbench import (
     OGBenchExperienceReplay,
     ogbench_arrays_to_tensordict,
@@ -16,6 +21,7 @@ __all__ = [
     "WindowStorage",
     "Windows",
     "collect_ogbench",
+    "gather_chunks",
     "make_windows",
     "ogbench_arrays_to_tensordict",
 ]

@@ -142,6 +142,30 @@ def _windows_of(episode, terminal, reward, n_step, chunk_size, gamma) -> tuple[n
     return tuple(column[kept] for column in columns)
 
 
+def gather_chunks(
+    action: torch.Tensor, first: torch.Tensor, chunk_size: int, last: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Actions of ``chunk_size`` rows from ``first`` on, flattened.
+
+    Only behind a terminal, where nothing is bootstrapped, can the next chunk run out of its
+    trajectory; the last action is repeated then.
+
+    Args:
+        action (Tensor): ``[N, act]``.
+        first (Tensor): rows, integers ``[*B]``.
+        chunk_size (int): actions per decision.
+        last (Tensor, optional): last rows that may be read, ``[*B]``. Defaults to that of all.
+
+    Returns:
+        Tensor: ``[*B, chunk_size * act]``.
+    """
+    if chunk_size == 1:
+        return action[first]
+    rows = first.unsqueeze(-1) + torch.arange(chunk_size, device=first.device)
+    end = rows.new_tensor(len(action) - 1) if last is None else last.unsqueeze(-1)
+    return action[torch.minimum(rows, end)].flatten(-2)
+
+
 def empirical_returns(data: TensorDict, gamma: float) -> torch.Tensor:
     """Discounted return of the data from every transition on.
 
@@ -215,13 +239,14 @@ class WindowStorage(TensorStorage):
         if isinstance(index, torch.Tensor):
             index = index.to(windows.start.device)
         start, end = windows.start[index], windows.end[index]
+        last = None if windows.last is None else windows.last[index]
         columns = self._columns
         flags = torch.zeros((*start.shape, 1), dtype=torch.bool, device=start.device)
         terminated = windows.terminated[index].unsqueeze(-1)
         done = windows.done[index].unsqueeze(-1)
         following = {
             "observation": columns["next", "observation"][end],
-            "action": self._chunk(columns["next", "action"], end, index),
+            "action": gather_chunks(columns["next", "action"], end, self._chunk_size, last),
             "reward": windows.reward[index].unsqueeze(-1),
             "terminated": terminated,
             "truncated": done & ~terminated,
@@ -229,7 +254,7 @@ class WindowStorage(TensorStorage):
         }
         sample = {
             "observation": columns["observation"][start],
-            "action": self._chunk(columns["action"], start, index),
+            "action": gather_chunks(columns["action"], start, self._chunk_size, last),
             "episode": columns["episode"][start],
             "steps_to_next_obs": (end - start + 1).unsqueeze(-1),
             "done": flags,
@@ -238,16 +263,6 @@ class WindowStorage(TensorStorage):
             "next": _tensordict(following, start),
         }
         return _tensordict(sample, start)
-
-    def _chunk(self, actions, first, index):
-        """Actions of ``chunk_size`` rows from ``first`` on, flattened: ``[*B, chunk * act]``."""
-        if self._chunk_size == 1:
-            return actions[first]
-        rows = first.unsqueeze(-1) + torch.arange(self._chunk_size, device=first.device)
-        # Only behind a terminal, where nothing is bootstrapped, can the next chunk run out of its
-        # trajectory; the last action is repeated then.
-        rows = torch.minimum(rows, self._windows.last[index].unsqueeze(-1))
-        return actions[rows].flatten(-2)
 
     def set(self, *args, **kwargs):
         raise RuntimeError("An OGBench data set cannot be written to.")
