@@ -580,6 +580,44 @@ def test_many_shares_no_candidates_between_chunks(root, short_run):
         Program(cfg, TASK, 0.99, torch.device("cpu"))
 
 
+def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_path):
+    """``policies`` trains values alone, over networks that stay as they were saved."""
+    import agents
+    from hydra import compose, initialize_config_dir
+    from many import Program
+
+    def program(*overrides):
+        with initialize_config_dir(str(RECIPE), version_base="1.3"):
+            cfg = compose("many", overrides=[*options, *overrides])
+        return Program(cfg, TASK, 0.99, torch.device("cpu"))
+
+    options = [f"data.root={root / 'data'}", *SMALL_MANY, "seeds=[0,1]", "tasks=[1]"]
+    options += ["n_steps=[5]", "methods=[evor,scalar,qc-1]", "qc_candidates=2"]
+    torch.manual_seed(0)
+    first = program()
+    for method in ("evor", "scalar"):
+        for setting, agent in first.agents(method):
+            agents.save(tmp_path, TASK, method, setting, agent, first)
+    torch.manual_seed(1)
+    second = program(f"policies={tmp_path}")
+    before = {key: value.clone() for key, value in second.losses["scalar"].state_dict().items()}
+    second.update()
+    trained = dict(second.policy.named_parameters())
+    for key, value in first.policy.named_parameters():
+        torch.testing.assert_close(trained[key], value, rtol=0, atol=0)
+    after = second.losses["scalar"].state_dict()
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert any("qvalue" in key for key in changed) and not any("actor" in key for key in changed)
+    assert second.metrics.shape == (3,)  # no loss of a policy among them
+    # One critic against one flow; an ensemble for Q-chunking.
+    assert len(next(second.agents("scalar"))[1].value) == 1
+    assert len(next(second.agents("qc-1"))[1].value) == 2
+    with pytest.raises(ValueError, match="must hold an agent of .*, seed 7"):
+        program(f"policies={tmp_path}", "seeds=[0,7]")
+    with pytest.raises(ValueError, match=r"hidden_sizes=\[8\] must be that of the base policy"):
+        program(f"policies={tmp_path}", "hidden_sizes=[8]")
+
+
 @pytest.mark.slow
 def test_many_in_chunks(root):
     """The whole way to a row and to an agent that studies open."""

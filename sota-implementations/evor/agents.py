@@ -106,6 +106,36 @@ def build(content: dict, device: torch.device | str = "cpu", **actor_options):
     return EVORActor(policy, returns, **actor_options).to(device)
 
 
+def load_policy(folder: Path, env: str, seed: int, expected: dict) -> VelocityMLP:
+    """Network of the base policy of a seed, which its agents share.
+
+    Args:
+        folder (Path): where :func:`save` wrote agents.
+        env (str): environment whose data it imitates.
+        seed (int): seed of the agents.
+        expected (dict): entries that the file must hold.
+
+    Raises:
+        ValueError: if there is none, or it has other settings.
+    """
+    paths = sorted(folder.glob(f"{env}_task*_seed{seed}_*.pt"))
+    if not paths:
+        raise ValueError(f"policies={str(folder)!r} must hold an agent of {env}, seed {seed}.")
+    content = read(paths[0])
+    for key, value in expected.items():
+        if content[key] != value:
+            raise ValueError(
+                f"{key}={value} must be that of the base policy in policies: "
+                f"{paths[0]} has {content[key]}."
+            )
+    return _network(
+        content["policy"],
+        layer_norm=False,
+        hidden_sizes=content["hidden_sizes"],
+        activation=content["activation"],
+    )
+
+
 def _network(state: dict, **options) -> VelocityMLP:
     weights = [value for value in state.values() if value.ndim == 2]
     network = VelocityMLP(

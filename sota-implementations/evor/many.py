@@ -179,13 +179,14 @@ class Program:
         self.losses = {method: self._make_loss(method).to(device) for method in learning}
         self.updaters = [SoftUpdate(loss, tau=cfg.tau) for loss in self.losses.values()]
         on_cuda = device.type == "cuda"
-        parameters = dict.fromkeys(p for loss in self.losses.values() for p in loss.parameters())
-        self.num_parameters = sum(p.numel() for p in parameters)
+        parameters = dict.fromkeys(
+            p for loss in self.losses.values() for p in loss.parameters() if p.requires_grad
+        )
         # A graph reads the learning rate from a tensor, which the scheduler fills.
         lr = torch.tensor(cfg.lr, device=device) if on_cuda else cfg.lr
         self.optimizer = torch.optim.Adam(list(parameters), lr=lr, fused=True, capturable=on_cuda)
         self.scheduler = utils.make_scheduler(self.optimizer, cfg.schedule, cfg.num_updates)
-        self.metrics = torch.zeros(1 + len(self.losses), device=device)
+        self.metrics = torch.zeros((cfg.policies is None) + len(self.losses), device=device)
         self.stream = torch.cuda.Stream(device) if on_cuda else None
         self.graph = None
         terms = self._compute_terms
@@ -196,6 +197,13 @@ class Program:
         """One base policy for each seed, shared by all methods and tasks."""
         features = self.observation_dim + self.action_dim + 1
         network = self._stack(self._first_windows.num_seeds, features, self.action_dim)
+        if self.cfg.policies is not None:
+            expected = {key: self.cfg[key] for key in ("chunk_size", "hidden_sizes", "activation")}
+            trained = [
+                agents.load_policy(Path(self.cfg.policies), self.name, seed, expected)
+                for seed in self.cfg.seeds
+            ]
+            network = StackedVelocityMLP.from_models(trained).requires_grad_(False)
         policy = FlowMatchingPolicy(network, self.action_dim, self.cfg.policy_steps)
         return policy.to(self.device)
 
@@ -229,8 +237,10 @@ class Program:
                 reduction="none",
             )
             return loss.make_value_estimator(gamma=self.gamma)
-        network = self._stack(2 * len(settings), features, layer_norm=True)
-        critic = ScalarCritic(network, num_critics=2, loc=loc, scale=scale)
+        # One critic is what the flow is to be compared with; Q-chunking has an ensemble.
+        num_critics = self.cfg.num_critics if method == "qc-1" else 1
+        network = self._stack(num_critics * len(settings), features, layer_norm=True)
+        critic = ScalarCritic(network, num_critics=num_critics, loc=loc, scale=scale)
         if method == "scalar":
             loss = CriticLoss(self.policy, critic, next_action="dataset", reduction="none")
         elif method == "qc-1":
@@ -246,8 +256,10 @@ class Program:
 
     def _compute_terms(self, row: Tensor) -> list[Tensor]:
         """Losses of base policies and value networks, means over the batch."""
-        batch = self._first_windows.policy_batch(row)
-        terms = [self._first_loss.actor_loss(batch)[0]]
+        terms = []
+        if self.cfg.policies is None:
+            batch = self._first_windows.policy_batch(row)
+            terms.append(self._first_loss.actor_loss(batch)[0])
         for method, loss in self.losses.items():
             regression = loss.value_loss if method == "evor" else loss.qvalue_loss
             terms.append(regression(self.windows[method].value_batch(row))[0])
