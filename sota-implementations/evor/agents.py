@@ -58,6 +58,7 @@ def save(folder: Path, env: str, method: str, setting, agent: Agent, program) ->
         "num_transitions": len(program.windows[method].observation),
         "hidden_sizes": list(program.cfg.hidden_sizes),
         "activation": program.cfg.activation,
+        "layer_norm": program.cfg.layer_norm,
         "policy_steps": program.cfg.policy_steps,
         "value_steps": program.cfg.value_steps,
         "value_solver": program.cfg.value_solver,
@@ -78,7 +79,8 @@ def save(folder: Path, env: str, method: str, setting, agent: Agent, program) ->
 
 def read(path: Path) -> dict:
     """Content of an agent file, with the defaults of what is younger than the file."""
-    return {"chunk_size": 1, **torch.load(path, map_location="cpu", weights_only=True)}
+    younger = {"chunk_size": 1, "layer_norm": True}
+    return {**younger, **torch.load(path, map_location="cpu", weights_only=True)}
 
 
 def build(content: dict, device: torch.device | str = "cpu", **actor_options):
@@ -91,7 +93,8 @@ def build(content: dict, device: torch.device | str = "cpu", **actor_options):
     """
     options = {key: content[key] for key in ("hidden_sizes", "activation")}
     policy = _network(content["policy"], layer_norm=False, **options)
-    members = [_network(state, layer_norm=True, **options) for state in content["value"]]
+    layer_norm = content["layer_norm"]
+    members = [_network(state, layer_norm=layer_norm, **options) for state in content["value"]]
     action_dim = policy.net[-1].out_features
     policy = FlowMatchingPolicy(policy, action_dim, content["policy_steps"])
     if content["method"] == "bc":
@@ -101,7 +104,7 @@ def build(content: dict, device: torch.device | str = "cpu", **actor_options):
         steps, solver = content["value_steps"], content["value_solver"]
         returns = ReturnFlow(members[0], steps, solver=solver, **units)
     else:
-        network = StackedVelocityMLP.from_models(members)
+        network = members[0] if len(members) == 1 else StackedVelocityMLP.from_models(members)
         returns = ScalarCritic(network, num_critics=len(members), **units)
     return EVORActor(policy, returns, **actor_options).to(device)
 

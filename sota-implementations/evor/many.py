@@ -226,7 +226,7 @@ class Program:
         loc, scale = (torch.tensor(column) for column in zip(*statistics))
         features = self.observation_dim + self.action_dim
         if method == "evor":
-            network = self._stack(len(settings), features + 2, layer_norm=True)
+            network = self._stack(len(settings), features + 2, layer_norm=self.cfg.layer_norm)
             steps, solver = self.cfg.value_steps, self.cfg.value_solver
             returns = ReturnFlow(network, steps, solver=solver, loc=loc, scale=scale)
             loss = EVORLoss(
@@ -239,7 +239,8 @@ class Program:
             return loss.make_value_estimator(gamma=self.gamma)
         # One critic is what the flow is to be compared with; Q-chunking has an ensemble.
         num_critics = self.cfg.num_critics if method == "qc-1" else 1
-        network = self._stack(num_critics * len(settings), features, layer_norm=True)
+        models = num_critics * len(settings)
+        network = self._stack(models, features, layer_norm=self.cfg.layer_norm)
         critic = ScalarCritic(network, num_critics=num_critics, loc=loc, scale=scale)
         if method == "scalar":
             loss = CriticLoss(self.policy, critic, next_action="dataset", reduction="none")
