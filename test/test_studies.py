@@ -64,6 +64,7 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
         chunk_size=1,
         hidden_sizes=[8],
         activation="gelu_tanh",
+        layer_norm=True,
         policy_steps=2,
         value_steps=2,
         value_solver="euler",
