@@ -272,8 +272,8 @@ def agent_states(path: Path, number: int) -> list[Trained]:
 
     from torchrl_evor import OGBenchEnv
 
-    actor = agents.build(agents.read(path), num_candidates=32)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = agents.read(path)
+    actor = agents.build(content, num_candidates=32)
     env = OGBenchEnv(f"{content['env']}-singletask-task{content['task']}-v0")
     states = [env.reset() for _ in range(number)]
     with torch.no_grad():

@@ -91,10 +91,8 @@ def build(content: dict, device: torch.device | str = "cpu", **actor_options):
         device (torch.device): where the networks go.
         **actor_options: options of :class:`EVORActor`.
     """
-    options = {key: content[key] for key in ("hidden_sizes", "activation")}
-    policy = _network(content["policy"], layer_norm=False, **options)
-    layer_norm = content["layer_norm"]
-    members = [_network(state, layer_norm=layer_norm, **options) for state in content["value"]]
+    policy = _network(content, content["policy"], layer_norm=False)
+    members = [_network(content, state, content["layer_norm"]) for state in content["value"]]
     action_dim = policy.net[-1].out_features
     policy = FlowMatchingPolicy(policy, action_dim, content["policy_steps"])
     if content["method"] == "bc":
@@ -131,21 +129,18 @@ def load_policy(folder: Path, env: str, seed: int, expected: dict) -> VelocityML
                 f"{key}={value} must be that of the base policy in policies: "
                 f"{paths[0]} has {content[key]}."
             )
-    return _network(
-        content["policy"],
-        layer_norm=False,
-        hidden_sizes=content["hidden_sizes"],
-        activation=content["activation"],
-    )
+    return _network(content, content["policy"], layer_norm=False)
 
 
-def _network(state: dict, **options) -> VelocityMLP:
+def _network(content: dict, state: dict, layer_norm: bool) -> VelocityMLP:
     weights = [value for value in state.values() if value.ndim == 2]
     network = VelocityMLP(
         weights[0].shape[1],
         weights[-1].shape[0],
+        hidden_sizes=content["hidden_sizes"],
+        activation=content["activation"],
+        layer_norm=layer_norm,
         device="meta",
-        **options,
     )
     network.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     return network

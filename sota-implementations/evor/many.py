@@ -195,9 +195,10 @@ class Program:
 
     def _make_policy(self) -> FlowMatchingPolicy:
         """One base policy for each seed, shared by all methods and tasks."""
-        features = self.observation_dim + self.action_dim + 1
-        network = self._stack(self._first_windows.num_seeds, features, self.action_dim)
-        if self.cfg.policies is not None:
+        if self.cfg.policies is None:
+            features = self.observation_dim + self.action_dim + 1
+            network = self._stack(self._first_windows.num_seeds, features, self.action_dim)
+        else:
             expected = {key: self.cfg[key] for key in ("chunk_size", "hidden_sizes", "activation")}
             trained = [
                 agents.load_policy(Path(self.cfg.policies), self.name, seed, expected)

@@ -42,8 +42,10 @@ from torchrl_evor.modules.functional import check_positive, check_temperature
 from torchrl_evor.record import wilson_interval
 
 # What a checkpoint must share with the run that continues it; train_baseline.py adds the last two.
-IDENTITY = ("env", "chunk_size", "data", "policy", "value", "loss", "optim", "seed")
-IDENTITY += ("method", "baseline")
+IDENTITY = (
+    *("env", "chunk_size", "data", "policy", "value", "loss", "optim", "seed"),
+    *("method", "baseline"),
+)
 COUNTS = (
     "chunk_size",
     "data.batch_size",

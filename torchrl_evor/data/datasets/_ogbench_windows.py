@@ -162,8 +162,11 @@ def gather_chunks(
     if chunk_size == 1:
         return action[first]
     rows = first.unsqueeze(-1) + torch.arange(chunk_size, device=first.device)
-    end = rows.new_tensor(len(action) - 1) if last is None else last.unsqueeze(-1)
-    return action[torch.minimum(rows, end)].flatten(-2)
+    if last is None:
+        rows = rows.clamp_max(len(action) - 1)
+    else:
+        rows = torch.minimum(rows, last.unsqueeze(-1))
+    return action[rows].flatten(-2)
 
 
 def empirical_returns(data: TensorDict, gamma: float) -> torch.Tensor:
