@@ -616,6 +616,8 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
     # One critic against one flow; an ensemble for Q-chunking.
     assert len(next(second.agents("scalar"))[1].value) == 1
     assert len(next(second.agents("qc-1"))[1].value) == 2
+    with pytest.raises(ValueError, match="must be without 'bc' where policies are kept"):
+        program(f"policies={tmp_path}", "methods=[evor,bc]")
     with pytest.raises(ValueError, match="must hold an agent of .*, seed 7"):
         program(f"policies={tmp_path}", "seeds=[0,7]")
     with pytest.raises(ValueError, match=r"hidden_sizes=\[8\] must be that of the base policy"):

@@ -151,6 +151,9 @@ class Program:
         if cfg.chunk_size > 1 and "qc-1" in cfg.methods:
             # Tasks may end a chunk at different states, so that they could not share candidates.
             raise ValueError(f"chunk_size must be 1 for method 'qc-1', got {cfg.chunk_size}.")
+        if cfg.policies is not None and "bc" in cfg.methods:
+            # It would be counted as trained by the updates of this run.
+            raise ValueError("methods must be without 'bc' where policies are kept, not trained.")
         self.cfg, self.name, self.gamma, self.device = cfg, name, gamma, device
         self.replays = {task: load_task(cfg, name, task, gamma) for task in cfg.tasks}
         self.settings = {
