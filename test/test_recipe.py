@@ -570,14 +570,60 @@ def test_many_tasks_have_the_windows_of_each(root, short_run, chunk_size):
         assert torch.equal(imitated["action"][0], batch["action"])
 
 
-def test_many_shares_no_candidates_between_chunks(root, short_run):
+def test_many_methods_share_their_rows(root, short_run, monkeypatch):
+    """Before a terminal at the end of a trajectory a long window starts where a short one cannot."""
+    import many
     from hydra import compose, initialize_config_dir
-    from many import Program
 
+    load = many.load_task
+
+    def load_with_terminal(*args):
+        replay = load(*args)
+        data = replay.transitions.clone()
+        episode = data["episode"].ravel()
+        last = (episode == episode[0]).nonzero().max()
+        data["next", "terminated"][last] = True
+        monkeypatch.setattr(type(replay), "transitions", property(lambda self: data))
+        return replay
+
+    monkeypatch.setattr(many, "load_task", load_with_terminal)
+    options = [f"data.root={root / 'data'}", *SMALL_MANY, "tasks=[1]", "chunk_size=5"]
+    options += ["n_steps=[4]", "methods=[evor,qc]"]
     with initialize_config_dir(str(RECIPE), version_base="1.3"):
-        cfg = compose("many", overrides=["methods=[evor,qc-1]", "chunk_size=5"])
-    with pytest.raises(ValueError, match="chunk_size must be 1 for method 'qc-1', got 5"):
-        Program(cfg, TASK, 0.99, torch.device("cpu"))
+        cfg = compose("many", overrides=options)
+    program = many.Program(cfg, TASK, 0.9, torch.device("cpu"))
+    windows = list(program.windows.values())
+    assert torch.equal(windows[0].start, windows[1].start)
+    for method, longest in (("evor", 20), ("qc", 5)):
+        batch = program.windows[method].value_batch(windows[0].start.unsqueeze(0))
+        steps = batch["steps_to_next_obs"]
+        assert steps.min() >= 1 and steps.max() == longest
+    # Without the first method there are more rows, so that something was left out.
+    alone = many.TaskWindows(program.replays, program.settings["evor"], 0.9, program.device, 5)
+    assert len(alone.start) > len(windows[0].start)
+
+
+def test_many_draws_candidates_where_no_task_has_ended(monkeypatch):
+    """A task that ends within the chunk leaves the candidates to the state of the others."""
+    from many import StackedQCLoss
+
+    from torchrl_evor import FlowMatchingPolicy, ScalarCritic, StackedVelocityMLP
+
+    policy = FlowMatchingPolicy(StackedVelocityMLP(1, 1 + 2 + 1, 2, hidden_sizes=(4,)), 2)
+    critic = ScalarCritic(StackedVelocityMLP(4, 1 + 2, hidden_sizes=(4,)), num_critics=2)
+    loss = StackedQCLoss(policy, critic, num_candidates=3, reduction="none")
+    asked = []
+    module = type(policy.module)
+    forward = module.forward
+    monkeypatch.setattr(module, "forward", lambda self, x: asked.append(x) or forward(self, x))
+    # Two tasks, two rows; each task ends in another one.
+    batch = TensorDict(
+        steps_to_next_obs=torch.tensor([[[2], [5]], [[5], [1]]]),
+        next=TensorDict(observation=torch.tensor([[[1.0], [7.0]], [[5.0], [2.0]]])),
+    )
+    assert loss._next_action(batch).shape == (2, 2, 2)
+    expected = torch.tensor([[5.0], [7.0]]).expand(2, 3).unsqueeze(-1)
+    torch.testing.assert_close(asked[0][0], expected)
 
 
 def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_path):
@@ -592,7 +638,7 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
         return Program(cfg, TASK, 0.99, torch.device("cpu"))
 
     options = [f"data.root={root / 'data'}", *SMALL_MANY, "seeds=[0,1]", "tasks=[1]"]
-    options += ["n_steps=[5]", "methods=[evor,scalar,qc-1]", "qc_candidates=2", "layer_norm=false"]
+    options += ["n_steps=[5]", "methods=[evor,scalar,qc]", "qc_candidates=2", "layer_norm=false"]
     torch.manual_seed(0)
     first = program()
     for method in ("evor", "scalar"):
@@ -615,7 +661,7 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
         assert actor(observations.clone())["action"].shape == (5, 2)
     # One critic against one flow; an ensemble for Q-chunking.
     assert len(next(second.agents("scalar"))[1].value) == 1
-    assert len(next(second.agents("qc-1"))[1].value) == 2
+    assert len(next(second.agents("qc"))[1].value) == 2
     with pytest.raises(ValueError, match="must be without 'bc' where policies are kept"):
         program(f"policies={tmp_path}", "methods=[evor,bc]")
     with pytest.raises(ValueError, match="must hold an agent of .*, seed 7"):
@@ -639,13 +685,14 @@ def test_many_in_chunks(root):
         "num_updates=2",
         "tasks=[1]",
         "n_steps=[2]",
-        "methods=[evor,scalar,bc]",
+        "methods=[evor,scalar,qc,bc]",
+        "qc_candidates=2",
         f"results_dir={output / 'results'}",
         f"hydra.run.dir={output}",
     )
     assert result.returncode == 0, result.stderr[-2000:]
     rows = results_io.read_rows(output / "results")
-    assert {row.method for row in rows} == {"evor-3", "scalar-3", "bc-3"}
+    assert {row.method for row in rows} == {"evor-3", "scalar-3", "qc-3", "bc-3"}
     trained = studies.load(output / "agents" / f"{TASK}_task1_seed0_evor-3_n2.pt")
     assert (trained.method, trained.chunk_size) == ("evor-3", 3)
     assert trained.policy.module.action_dim == 6
@@ -661,7 +708,7 @@ def test_many_runs_leave_a_row_for_each(root):
         "logger.interval=2",
         "tasks=[1,2]",
         "n_steps=[5]",
-        "methods=[evor,scalar,qc-1,bc]",
+        "methods=[evor,scalar,qc,bc]",
         "qc_candidates=2",
         f"results_dir={root / 'results'}",
         f"hydra.run.dir={root / 'many'}",

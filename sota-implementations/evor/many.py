@@ -12,6 +12,7 @@ CUDA graph for each environment, replayed on a stream of its own.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from dataclasses import dataclass
@@ -123,18 +124,22 @@ class TaskWindows:
 class StackedQCLoss(QCLoss):
     """QCLoss over a stack of critics whose tasks share the candidates at the next state.
 
-    One-step windows of all tasks reach the same state, so the candidates are
-    drawn once for each seed.
+    The windows of all tasks, of one decision each, reach the same state, so the
+    candidates are drawn once for each seed. Only a terminal ends a window sooner,
+    and behind it no candidate counts.
     """
 
     def _next_action(self, tensordict) -> Tensor:
         following = tensordict["next", "observation"]
         num_seeds = self.actor_network.module.velocity_network.num_models
         copies = len(following) // num_seeds
-        observation = following[::copies].unsqueeze(-2)
-        rows = (*following[::copies].shape[:-1], self.num_candidates, following.shape[-1])
+        longest = tensordict["steps_to_next_obs"].unflatten(0, (num_seeds, copies)).argmax(1, True)
+        states = following.unflatten(0, (num_seeds, copies)).take_along_dim(longest, 1)
+        rows = (*following.shape[1:-1], self.num_candidates, following.shape[-1])
         with self._swap("actor_network"):
-            candidates = self.actor_network.module(observation.expand(rows))
+            candidates = self.actor_network.module(
+                states.squeeze(1).unsqueeze(-2).expand(num_seeds, *rows)
+            )
         candidates = candidates.repeat_interleave(copies, 0)
         with self._swap("qvalue_network"):
             return self.qvalue_network.select(following, candidates, tau_r=float("inf"))[0]
@@ -148,9 +153,6 @@ class Program:
 
     def __init__(self, cfg: DictConfig, name: str, gamma: float, device: torch.device) -> None:
         check_positive("chunk_size", cfg.chunk_size)
-        if cfg.chunk_size > 1 and "qc-1" in cfg.methods:
-            # Tasks may end a chunk at different states, so that they could not share candidates.
-            raise ValueError(f"chunk_size must be 1 for method 'qc-1', got {cfg.chunk_size}.")
         if cfg.policies is not None and "bc" in cfg.methods:
             # It would be counted as trained by the updates of this run.
             raise ValueError("methods must be without 'bc' where policies are kept, not trained.")
@@ -160,7 +162,7 @@ class Program:
             method: [
                 Setting(*row)
                 for row in itertools.product(
-                    cfg.seeds, cfg.tasks, [1] if method in ("qc-1", "bc") else cfg.n_steps
+                    cfg.seeds, cfg.tasks, [1] if method in ("qc", "bc") else cfg.n_steps
                 )
             ]
             for method in cfg.methods
@@ -169,6 +171,11 @@ class Program:
             method: TaskWindows(self.replays, settings, gamma, device, cfg.chunk_size)
             for method, settings in self.settings.items()
         }
+        # In chunks a long window may start where a short one cannot.
+        starts = (windows.start for windows in self.windows.values())
+        start = functools.reduce(lambda all_, these: all_[torch.isin(all_, these)], starts)
+        for windows in self.windows.values():
+            windows.start = start
         self.observation_dim = self._first_windows.observation.shape[-1]
         self.action_dim = cfg.chunk_size * self._first_windows.action.shape[-1]
         # The same for all tasks, which share their data.
@@ -242,13 +249,13 @@ class Program:
             )
             return loss.make_value_estimator(gamma=self.gamma)
         # One critic is what the flow is to be compared with; Q-chunking has an ensemble.
-        num_critics = self.cfg.num_critics if method == "qc-1" else 1
+        num_critics = self.cfg.num_critics if method == "qc" else 1
         models = num_critics * len(settings)
         network = self._stack(models, features, layer_norm=self.cfg.layer_norm)
         critic = ScalarCritic(network, num_critics=num_critics, loc=loc, scale=scale)
         if method == "scalar":
             loss = CriticLoss(self.policy, critic, next_action="dataset", reduction="none")
-        elif method == "qc-1":
+        elif method == "qc":
             loss = StackedQCLoss(
                 self.policy,
                 critic,
@@ -256,7 +263,7 @@ class Program:
                 reduction="none",
             )
         else:
-            raise ValueError(f"methods must be 'evor', 'scalar', 'qc-1' or 'bc', got {method!r}.")
+            raise ValueError(f"methods must be 'evor', 'scalar', 'qc' or 'bc', got {method!r}.")
         return loss.make_value_estimator(gamma=self.gamma)
 
     def _compute_terms(self, row: Tensor) -> list[Tensor]:
