@@ -571,7 +571,7 @@ def test_many_tasks_have_the_windows_of_each(root, short_run, chunk_size):
 
 
 def test_many_methods_share_their_rows(root, short_run, monkeypatch):
-    """Before a terminal at the end of a trajectory a long window starts where a short one cannot."""
+    """A long window may start shortly before a terminal, where a short one cannot."""
     import many
     from hydra import compose, initialize_config_dir
 
