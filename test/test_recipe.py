@@ -639,6 +639,7 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
 
     options = [f"data.root={root / 'data'}", *SMALL_MANY, "seeds=[0,1]", "tasks=[1]"]
     options += ["n_steps=[5]", "methods=[evor,scalar,qc]", "qc_candidates=2", "layer_norm=false"]
+    options += ["num_critics.evor=3"]
     torch.manual_seed(0)
     first = program()
     for method in ("evor", "scalar"):
@@ -659,9 +660,13 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
     for path in tmp_path.glob("*.pt"):
         actor = agents.build(agents.read(path), num_candidates=3, num_samples=2)
         assert actor(observations.clone())["action"].shape == (5, 2)
-    # One critic against one flow; an ensemble for Q-chunking.
-    assert len(next(second.agents("scalar"))[1].value) == 1
-    assert len(next(second.agents("qc"))[1].value) == 2
+    for method, size in (("evor", 3), ("scalar", 1), ("qc", 2)):
+        for _, agent in second.agents(method):
+            assert len(agent.value) == size
+    # Members, and settings, are networks of their own.
+    members = [member.net[0].weight for _, agent in second.agents("evor") for member in agent.value]
+    assert len({tuple(weight.flatten().tolist()) for weight in members}) == 2 * 3
+    assert {path.stem.split("_")[-2] for path in tmp_path.glob("*.pt")} == {"evor-x3", "scalar"}
     with pytest.raises(ValueError, match="must be without 'bc' where policies are kept"):
         program(f"policies={tmp_path}", "methods=[evor,bc]")
     with pytest.raises(ValueError, match="must hold an agent of .*, seed 7"):

@@ -47,8 +47,8 @@ def save(folder: Path, env: str, method: str, setting, agent: Agent, program) ->
     """Writes one agent with what is needed to build it again; atomic."""
     folder.mkdir(parents=True, exist_ok=True)
     chunk_size = program.cfg.chunk_size
-    label = utils.method_name(method, chunk_size)
-    name = f"{env}_task{setting.task}_seed{setting.seed}_{label}_n{setting.n_step}.pt"
+    named = utils.method_name(method, chunk_size, len(agent.value))
+    name = f"{env}_task{setting.task}_seed{setting.seed}_{named}_n{setting.n_step}.pt"
     content = {
         "env": env,
         "method": method,
@@ -83,6 +83,11 @@ def read(path: Path) -> dict:
     return {**younger, **torch.load(path, map_location="cpu", weights_only=True)}
 
 
+def label(content: dict) -> str:
+    """Name of an agent file's method in tables."""
+    return utils.method_name(content["method"], content["chunk_size"], len(content["value"]))
+
+
 def build(content: dict, device: torch.device | str = "cpu", **actor_options):
     """Builds the actor of an agent file, for behaviour cloning the base policy.
 
@@ -100,7 +105,8 @@ def build(content: dict, device: torch.device | str = "cpu", **actor_options):
     units = {"loc": content["loc"], "scale": content["scale"]}
     if content["method"] == "evor":
         steps, solver = content["value_steps"], content["value_solver"]
-        returns = ReturnFlow(members[0], steps, solver=solver, **units)
+        velocity = members if len(members) > 1 else members[0]
+        returns = ReturnFlow(velocity, steps, solver=solver, **units)
     else:
         network = members[0] if len(members) == 1 else StackedVelocityMLP.from_models(members)
         returns = ScalarCritic(network, num_critics=len(members), **units)
@@ -170,7 +176,7 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
     kept = ("env", "task", "seed", "n_step", "num_updates", "num_transitions", "batch_size")
     return {
         **{key: content[key] for key in kept},
-        "method": utils.method_name(content["method"], content["chunk_size"]),
+        "method": label(content),
         "hidden": "x".join(map(str, content["hidden_sizes"])),
         **options,
         **utils.episode_columns(outcome),

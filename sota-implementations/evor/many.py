@@ -40,7 +40,7 @@ from torchrl_evor import (
 )
 from torchrl_evor.data import OGBenchExperienceReplay
 from torchrl_evor.data.datasets import gather_chunks, make_windows
-from torchrl_evor.modules.functional import check_positive
+from torchrl_evor.modules.functional import check_choice, check_positive
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,8 @@ class Program:
 
     def __init__(self, cfg: DictConfig, name: str, gamma: float, device: torch.device) -> None:
         check_positive("chunk_size", cfg.chunk_size)
+        for method in cfg.methods:
+            check_choice("methods", method, ("evor", "scalar", "qc", "bc"))
         if cfg.policies is not None and "bc" in cfg.methods:
             # It would be counted as trained by the updates of this run.
             raise ValueError("methods must be without 'bc' where policies are kept, not trained.")
@@ -236,10 +238,15 @@ class Program:
         statistics = [self.replays[s.task].return_statistics(self.gamma) for s in settings]
         loc, scale = (torch.tensor(column) for column in zip(*statistics))
         features = self.observation_dim + self.action_dim
+        num_critics = check_positive(f"num_critics.{method}", self.cfg.num_critics[method])
         if method == "evor":
-            network = self._stack(len(settings), features + 2, layer_norm=self.cfg.layer_norm)
+            networks = [
+                self._stack(len(settings), features + 2, layer_norm=self.cfg.layer_norm)
+                for _ in range(num_critics)
+            ]
             steps, solver = self.cfg.value_steps, self.cfg.value_solver
-            returns = ReturnFlow(network, steps, solver=solver, loc=loc, scale=scale)
+            velocity = networks if num_critics > 1 else networks[0]
+            returns = ReturnFlow(velocity, steps, solver=solver, loc=loc, scale=scale)
             loss = EVORLoss(
                 self.policy,
                 returns,
@@ -248,22 +255,18 @@ class Program:
                 reduction="none",
             )
             return loss.make_value_estimator(gamma=self.gamma)
-        # One critic is what the flow is to be compared with; Q-chunking has an ensemble.
-        num_critics = self.cfg.num_critics if method == "qc" else 1
         models = num_critics * len(settings)
         network = self._stack(models, features, layer_norm=self.cfg.layer_norm)
         critic = ScalarCritic(network, num_critics=num_critics, loc=loc, scale=scale)
         if method == "scalar":
             loss = CriticLoss(self.policy, critic, next_action="dataset", reduction="none")
-        elif method == "qc":
+        else:
             loss = StackedQCLoss(
                 self.policy,
                 critic,
                 num_candidates=self.cfg.qc_candidates,
                 reduction="none",
             )
-        else:
-            raise ValueError(f"methods must be 'evor', 'scalar', 'qc' or 'bc', got {method!r}.")
         return loss.make_value_estimator(gamma=self.gamma)
 
     def _compute_terms(self, row: Tensor) -> list[Tensor]:
@@ -324,8 +327,8 @@ class Program:
             return
         loss = self.losses[method]
         model = loss.value_network if method == "evor" else loss.qvalue_network
-        stack = model.velocity_network if method == "evor" else model.network
-        networks = stack.unstack()
+        stacks = model.members if method == "evor" else [model.network]
+        networks = [network for stack in stacks for network in stack.unstack()]
         for index, setting in enumerate(settings):
             # Members of an ensemble lie one stack of settings apart.
             members = networks[index :: len(settings)]

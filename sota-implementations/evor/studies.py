@@ -101,7 +101,7 @@ def _load_agent(path: Path, device) -> Trained:
         actor.policy,
         actor.returns,
         **{name: content[name] for name in ("env", "task", "seed", "chunk_size")},
-        method=utils.method_name(content["method"], content["chunk_size"]),
+        method=agents.label(content),
     )
 
 

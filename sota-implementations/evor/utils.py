@@ -469,9 +469,13 @@ def append_result(
     results_io.append_row(Path(cfg.results_dir) / cfg.env.name / f"{row['method']}.csv", row)
 
 
-def method_name(method: str, chunk_size: int) -> str:
-    """Name in tables: Q-chunking, and all that decides in chunks, carries their length."""
-    return f"{method}-{chunk_size}" if method == "qc" or chunk_size > 1 else method
+def method_name(method: str, chunk_size: int, num_critics: int = 1) -> str:
+    """Name in tables, with the length of chunks and the size of an ensemble.
+
+    Q-chunking always carries its length and, as it always is an ensemble, never its size.
+    """
+    chunks = f"-{chunk_size}" if method == "qc" or chunk_size > 1 else ""
+    return method + chunks + (f"-x{num_critics}" if num_critics > 1 and method != "qc" else "")
 
 
 def episode_columns(episodes: TensorDictBase) -> dict[str, float]:

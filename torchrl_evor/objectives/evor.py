@@ -192,23 +192,30 @@ class EVORLoss(FlowPolicyLoss):
         with self._swap("value_network"):
             velocity = self.value_network.velocity(observation, action, point, time)
             # The posterior mean of the return given the point is where the target leads.
-            value_target = self.value_network.denormalize(point + (1 - time) * target)
+            end = self.value_network.mean_members(point + (1 - time) * target)
+            value_target = self.value_network.denormalize(end).mean().detach()
         error = self._without_padded((velocity - target).squeeze(-1), tensordict)
-        loss = self._reduce_loss(error.square(), tensordict, weights=self._weights(tensordict))
-        metadata = {"td_error": error.detach().abs(), "value_target": value_target.mean().detach()}
+        square, size = map(self.value_network.mean_members, (error.square(), error.detach().abs()))
+        loss = self._reduce_loss(square, tensordict, weights=self._weights(tensordict))
+        metadata = {"td_error": size, "value_target": value_target}
         self._clear_weakrefs(tensordict, "value_network_params", "target_value_network_params")
         return loss, metadata
 
     @torch.no_grad()
     def compute_target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
-        """Point, flow time and target velocity of the value regression, each ``[*B, 1]``."""
+        """Point, flow time and target velocity of the value regression.
+
+        Returns:
+            tuple of Tensor: each ``[*B, 1]``, for an ensemble ``[num_members, *B, 1]``.
+        """
         reward, discount = self._backup(tensordict)
         with self._swap("value_network"):
             reward = self.value_network.normalize_reward(reward, discount)
         observation = tensordict[unravel_key(("next", self._value_observation))]
         action = self._next_action(tensordict)
-        noise, next_noise = torch.randn_like(reward), torch.randn_like(reward)
-        time = torch.rand_like(reward)
+        rows = self.value_network.expand_members(reward)
+        noise, next_noise = torch.randn_like(rows), torch.randn_like(rows)
+        time = torch.rand_like(rows)
         with self._swap("value_network", target=True):
             point, target = TD_TARGETS[self.td_target](
                 noise,

@@ -44,8 +44,11 @@ class ReturnFlow(ReturnModel):
     Learning*, `arXiv:2510.08218 <https://arxiv.org/abs/2510.08218>`_.
 
     Args:
-        velocity_network (nn.Module): maps the concatenation of observation,
-            action, z and flow time ``[*B, obs + act + 2]`` to ``[*B, 1]``.
+        velocity_network (nn.Module or sequence of nn.Module): maps the concatenation
+            of observation, action, z and flow time ``[*B, obs + act + 2]`` to
+            ``[*B, 1]``. Several are an ensemble of flows, each of which
+            :class:`~torchrl_evor.EVORLoss` trains by targets of its own: samples are
+            their mean at the same noise, which averages the members' quantiles.
         num_steps (int, optional): evaluations of the velocity, at flow times
             ``k / num_steps``. Defaults to ``10``.
 
@@ -73,8 +76,8 @@ class ReturnFlow(ReturnModel):
     Raises:
         ValueError: if ``num_steps`` or a number of nodes is below 1, ``num_steps``
             odd for ``"midpoint"``, ``solver`` unknown, ``scale``
-            is not positive and finite, a temperature or ``tolerance`` negative, or the
-            network does not return one velocity per row.
+            is not positive and finite, a temperature or ``tolerance`` negative,
+            there is no network, or one does not return one velocity per row.
 
     Examples:
         >>> import torch
@@ -88,11 +91,14 @@ class ReturnFlow(ReturnModel):
         >>> data = TensorDict(observation=observation, action=action, batch_size=[5])
         >>> returns(data)["state_action_value"].shape
         torch.Size([5, 1])
+        >>> pair = ReturnFlow([torch.nn.Linear(3 + 2 + 2, 1) for _ in range(2)])
+        >>> pair.sample(observation, action, num_samples=8).shape
+        torch.Size([5, 8])
     """
 
     def __init__(
         self,
-        velocity_network: nn.Module,
+        velocity_network: nn.Module | Sequence[nn.Module],
         num_steps: int = 10,
         *,
         solver: Literal["euler", "midpoint"] = "euler",
@@ -106,6 +112,10 @@ class ReturnFlow(ReturnModel):
         super().__init__(
             loc=loc, scale=scale, in_keys=in_keys, out_keys=out_keys, num_samples=num_samples
         )
+        if not isinstance(velocity_network, nn.Module):
+            velocity_network = nn.ModuleList(velocity_network)
+        if isinstance(velocity_network, nn.ModuleList) and not len(velocity_network):
+            raise ValueError("velocity_network must hold at least one network, got none.")
         self.velocity_network = velocity_network
         self.num_steps = check_positive("num_steps", num_steps)
         self.solver = check_solver(solver, num_steps)
@@ -113,9 +123,43 @@ class ReturnFlow(ReturnModel):
             raise ValueError(f"tolerance must be at least 0 and finite, got {tolerance}.")
         self.tolerance = tolerance
 
+    @property
+    def members(self) -> list[nn.Module]:
+        """Networks of an ensemble, or the only one."""
+        network = self.velocity_network
+        return list(network) if isinstance(network, nn.ModuleList) else [network]
+
+    def expand_members(self, tensor: Tensor) -> Tensor:
+        """A view ``[num_members, *B, ...]`` for an ensemble, for one flow the tensor itself."""
+        if not isinstance(self.velocity_network, nn.ModuleList):
+            return tensor
+        return tensor.expand(len(self.velocity_network), *tensor.shape)
+
+    def mean_members(self, tensor: Tensor) -> Tensor:
+        """Mean ``[*B, ...]`` over the members of an ensemble, for one flow the tensor itself."""
+        return tensor.mean(0) if isinstance(self.velocity_network, nn.ModuleList) else tensor
+
     def velocity(self, observation: Tensor, action: Tensor, z: Tensor, time: Tensor) -> Tensor:
-        """Velocity of ``z`` ``[*B, 1]`` at flow time ``time`` ``[*B, 1]``, in z units."""
-        velocity = self.velocity_network(torch.cat([observation, action, z, time], -1))
+        """Velocity at a normalised return and a flow time, in z units.
+
+        Args:
+            observation (Tensor): ``[*B, obs]``.
+            action (Tensor): ``[*B, act]``.
+            z (Tensor): ``[*B, 1]``, for an ensemble ``[num_members, *B, 1]``.
+            time (Tensor): of the shape of ``z``.
+
+        Returns:
+            Tensor: of the shape of ``z``.
+        """
+        if not isinstance(self.velocity_network, nn.ModuleList):
+            return self._member_velocity(self.velocity_network, observation, action, z, time)
+        rows = zip(self.members, z.unbind(), time.unbind(), strict=True)
+        velocities = [self._member_velocity(m, observation, action, *point) for m, *point in rows]
+        return torch.stack(velocities)
+
+    @staticmethod
+    def _member_velocity(network, observation, action, z, time) -> Tensor:
+        velocity = network(torch.cat([observation, action, z, time], -1))
         if velocity.shape != z.shape:
             raise ValueError(
                 f"velocity_network must return one velocity per row, {tuple(z.shape)}, "
@@ -124,7 +168,7 @@ class ReturnFlow(ReturnModel):
         return velocity
 
     def integrate(self, observation: Tensor, action: Tensor, noise: Tensor) -> Tensor:
-        """Carries ``noise`` ``[*B, 1]`` to normalised returns ``[*B, 1]``."""
+        """Carries ``noise`` to normalised returns, of the shape that :meth:`velocity` takes."""
 
         def velocity(z: Tensor, time: Tensor) -> Tensor:
             return self.velocity(observation, action, z, time)
@@ -158,9 +202,9 @@ class ReturnFlow(ReturnModel):
         z = self.integrate(
             observation.unsqueeze(-2).expand(*rows, -1),
             action.unsqueeze(-2).expand(*rows, -1),
-            noise.expand(rows).unsqueeze(-1),
+            self.expand_members(noise.expand(rows).unsqueeze(-1)),
         )
-        return self.denormalize(z.squeeze(-1))
+        return self.denormalize(self.mean_members(z).squeeze(-1))
 
     def quantiles(self, observation: Tensor, action: Tensor, num_quantiles: int) -> Tensor:
         """Quantiles ``(j - 1/2) / num_quantiles`` of the reward-to-go.
@@ -232,15 +276,30 @@ class ReturnFlow(ReturnModel):
                 observation, candidates, tau_r=tau_r, tau_q=tau_q, gumbel=gumbel, **options
             )
         # The single seam to the kernels, whose module is not needed to train.
-        from torchrl_evor.triton_kernels import evor_select, pack_velocity_mlp
+        from torchrl_evor.triton_kernels import evor_select, pack_velocity_mlp, sample_returns
 
         noise, log_weights = self._nodes(candidates, num_samples, nodes)
         if noise is None:
             noise = candidates.new_empty(*candidates.shape[:-1], num_samples).normal_()
         if tau_q > 0 and gumbel is None:
             gumbel = standard_gumbel(candidates[..., 0])
+        sizes = observation.shape[-1], candidates.shape[-1]
+        packed = [pack_velocity_mlp(network, *sizes) for network in self.members]
+        options = {
+            "solver": self.solver,
+            "backend": backend,
+            "tolerance": self.tolerance,
+        }
+        if len(packed) > 1:
+            z = [
+                sample_returns(member, observation, candidates, noise, self.num_steps, **options)
+                for member in packed
+            ]
+            samples = self.denormalize(torch.stack(z).mean(0))
+            values = log_mean_exp(samples, tau_r, log_weights=log_weights)
+            return self._choose(candidates, values, tau_q, gumbel)
         return evor_select(
-            pack_velocity_mlp(self.velocity_network, observation.shape[-1], candidates.shape[-1]),
+            packed[0],
             observation,
             candidates,
             noise,
@@ -248,12 +307,10 @@ class ReturnFlow(ReturnModel):
             tau_r=tau_r,
             tau_q=tau_q,
             num_steps=self.num_steps,
-            solver=self.solver,
             log_weights=log_weights,
             loc=self.loc,
             scale=self.scale,
-            backend=backend,
-            tolerance=self.tolerance,
+            **options,
         )
 
     def why_not_fused(self, observation: Tensor, candidates: Tensor) -> str | None:
@@ -272,13 +329,16 @@ class ReturnFlow(ReturnModel):
         )
         if torch.is_grad_enabled() and needs_grad:
             return "the fused path has no backward, and gradients are enabled"
-        return why_not_packable(self.velocity_network, observation.shape[-1], candidates.shape[-1])
+        sizes = observation.shape[-1], candidates.shape[-1]
+        reasons = (why_not_packable(network, *sizes) for network in self.members)
+        return next((reason for reason in reasons if reason is not None), None)
 
     def _values(self, observation, candidates, tau, num_samples, nodes) -> Tensor:
         # Pairs of state and candidate in pieces, so that memory does not grow with their number.
         # The axis of a stack of models stays whole.
-        models = getattr(self.velocity_network, "num_models", None)
-        axis, rows = (0, num_samples) if models is None else (1, models * num_samples)
+        models = getattr(self.members[0], "num_models", None)
+        rows = (models or 1) * len(self.members) * num_samples
+        axis = 0 if models is None else 1
         pairs = observation.unsqueeze(-2).expand(*candidates.shape[:-1], -1)
         pieces = (
             tensor.flatten(axis, -2).split(max(1, MAX_ROWS // rows), axis)

@@ -155,6 +155,11 @@ class ReturnModel(TensorDictModuleBase):
                 f"backend='triton' is not available: {type(self).__name__} has no fused kernel."
             )
         values = self._values(observation, candidates, tau_r, num_samples, nodes)
+        return self._choose(candidates, values, tau_q, gumbel)
+
+    @staticmethod
+    def _choose(candidates, values, tau_q, gumbel) -> tuple[Tensor, Tensor, Tensor]:
+        """The chosen action, its value, and all values; see :meth:`select`."""
         index = soft_choice(values, tau_q, gumbel).unsqueeze(-1)
         action = candidates.take_along_dim(index.unsqueeze(-1), -2).squeeze(-2)
         return action, values.gather(-1, index).squeeze(-1), values
