@@ -126,8 +126,8 @@ class TestRun:
         assert histories[0] == histories[1]
 
 
-def test_chunks_of_actions(root):
-    """The whole way in chunks of three actions, up to a study of the finished run."""
+def test_chunks_of_actions_and_an_ensemble(root):
+    """The whole way in chunks of three actions by two flows, up to a study of the finished run."""
     import studies
 
     output = root / "chunks"
@@ -136,6 +136,7 @@ def test_chunks_of_actions(root):
         root,
         *SMALL,
         "chunk_size=3",
+        "value.num_flows=2",
         "data.n_step=2",
         "optim.num_updates=2",
         "results_dir=results",
@@ -146,9 +147,10 @@ def test_chunks_of_actions(root):
         assert (output / name).read_bytes().startswith(b"\x89PNG"), name
     (path,) = (root / "results").rglob("*.csv")
     (row,) = studies.read(path)
-    assert path.stem == row["method"] == "evor-3"
+    assert path.stem == row["method"] == "evor-3-x2"
     trained = studies.load(output)
-    assert (trained.method, trained.chunk_size) == ("evor-3", 3)
+    assert (trained.method, trained.chunk_size) == ("evor-3-x2", 3)
+    assert len(trained.returns.members) == 2
     actor = studies.make_actor(trained, {"num_candidates": 2, "num_samples": 2})
     columns = studies.evaluate(trained, actor, episodes=1, seed=0, num_envs=1)
     assert columns["length_mean"] == 1000 and columns["latency_seconds"] > 0
@@ -310,7 +312,7 @@ def test_older_checkpoints_take_defaults(root, short_run, tmp_path):
     shutil.copytree(short_run[1] / "checkpoint", checkpoint)
     (folder,) = checkpoint.glob("components/*-config")
     saved = json.loads((folder / "value.json").read_text())
-    del saved["chunk_size"], saved["loss"]["improved"]
+    del saved["chunk_size"], saved["loss"]["improved"], saved["value"]["num_flows"]
     (folder / "value.json").write_text(json.dumps(saved))
     trained = studies.load(checkpoint)
     assert (trained.method, trained.chunk_size) == ("evor", 1)

@@ -55,6 +55,7 @@ class Sizes:
     value_solver: str = "euler"
     observation_statistics: tuple[Tensor, Tensor] | None = None
     layer_norm: bool = True
+    num_flows: int = 1
     loc: float = 0.0
     scale: float = 1.0
     support: tuple[float, float] = (-5.0, 5.0)
@@ -87,10 +88,11 @@ class Sizes:
         return self.network(in_features, out_features, **options)
 
     def returns(self) -> ReturnFlow:
-        """Reward-to-go flow."""
-        network = self.value(self.inputs + 2)
+        """Reward-to-go flow, or an ensemble."""
+        networks = [self.value(self.inputs + 2) for _ in range(self.num_flows)]
+        velocity = networks if self.num_flows > 1 else networks[0]
         units = {"loc": self.loc, "scale": self.scale}
-        return ReturnFlow(network, self.value_steps, solver=self.value_solver, **units)
+        return ReturnFlow(velocity, self.value_steps, solver=self.value_solver, **units)
 
     def critic(self, kind: str) -> Critic:
         """Single critic of policy evaluation."""

@@ -136,7 +136,7 @@ def _load_run(folder: Path, device) -> Trained:
         actor.returns,
         env=cfg.env.name,
         task=cfg.env.task,
-        method=utils.method_name(method, cfg.chunk_size),
+        method=utils.run_name(cfg, method),
         seed=cfg.seed,
         chunk_size=cfg.chunk_size,
     )

@@ -34,6 +34,7 @@ def plain_sizes(cfg: DictConfig, observation_dim: int, action_dim: int) -> basel
         value_steps=cfg.value.num_steps,
         value_solver=cfg.value.solver,
         layer_norm=cfg.value.layer_norm,
+        num_flows=cfg.value.num_flows,
         num_atoms=cfg.baseline.num_atoms,
     )
 

@@ -47,6 +47,7 @@ IDENTITY = (
     *("method", "baseline"),
 )
 COUNTS = (
+    "value.num_flows",
     "chunk_size",
     "data.batch_size",
     "data.n_step",
@@ -178,7 +179,8 @@ def make_networks(cfg: DictConfig, data: OGBenchExperienceReplay, device: torch.
     returns.set_normalization(*data.return_statistics(cfg.loss.gamma))
     units = input_units(cfg.data.observation_spread, data)
     policy.module.velocity_network.standardize_inputs_(*units)
-    returns.velocity_network.standardize_inputs_(*units)
+    for network in returns.members:
+        network.standardize_inputs_(*units)
     return policy.to(device), returns.to(device)
 
 
@@ -219,13 +221,17 @@ def build_networks(cfg: DictConfig, observation_dim: int, action_dim: int):
         action_dim,
         cfg.policy.num_steps,
     )
-    network = VelocityMLP(
-        observation_dim + action_dim + 2,
-        hidden_sizes=cfg.value.hidden_sizes,
-        activation=cfg.value.activation,
-        layer_norm=cfg.value.layer_norm,
-    )
-    return policy, ReturnFlow(network, cfg.value.num_steps, solver=cfg.value.solver)
+    networks = [
+        VelocityMLP(
+            observation_dim + action_dim + 2,
+            hidden_sizes=cfg.value.hidden_sizes,
+            activation=cfg.value.activation,
+            layer_norm=cfg.value.layer_norm,
+        )
+        for _ in range(cfg.value.num_flows)
+    ]
+    velocity = networks if len(networks) > 1 else networks[0]
+    return policy, ReturnFlow(velocity, cfg.value.num_steps, solver=cfg.value.solver)
 
 
 def make_loss(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow):
@@ -448,7 +454,7 @@ def append_result(
     row = {
         "env": cfg.env.name,
         "task": cfg.env.task,
-        "method": method_name(method, cfg.chunk_size),
+        "method": run_name(cfg, method),
         "seed": cfg.seed,
         "protocol": cfg.protocol,
         "num_updates": run.step,
@@ -476,6 +482,11 @@ def method_name(method: str, chunk_size: int, num_critics: int = 1) -> str:
     """
     chunks = f"-{chunk_size}" if method == "qc" or chunk_size > 1 else ""
     return method + chunks + (f"-x{num_critics}" if num_critics > 1 and method != "qc" else "")
+
+
+def run_name(cfg: DictConfig, method: str) -> str:
+    """Name in tables of a run of ``evor.py`` or ``train_baseline.py``."""
+    return method_name(method, cfg.chunk_size, cfg.value.num_flows if method == "evor" else 1)
 
 
 def episode_columns(episodes: TensorDictBase) -> dict[str, float]:

@@ -313,5 +313,110 @@ class TestSelect:
             self.flow(tolerance=tolerance)
 
 
+class TestEnsemble:
+    @staticmethod
+    def gaussian_pair(**kwargs):
+        """Members with laws N(m, s^2) and N((m - 2) / 2, (s / 2)^2) of an observation (m, s)."""
+        networks = [GaussianReturns(dtype=torch.float64), GaussianReturns(2.0, 2.0, torch.float64)]
+        return ReturnFlow(networks, 10, **kwargs)
+
+    @staticmethod
+    def pair(**kwargs):
+        torch.manual_seed(0)
+        networks = [VelocityMLP(3 + 2 + 2, hidden_sizes=(32, 32)) for _ in range(2)]
+        return ReturnFlow(networks, 4, loc=-5.0, scale=2.0, **kwargs), networks
+
+    def test_quantiles_are_averaged(self):
+        """Two Gaussians average to one of the mean of means and the mean of spreads."""
+        flow = self.gaussian_pair(loc=10.0, scale=3.0)
+        spread = (euler_gaussian_std(2.0, 10) + euler_gaussian_std(1.0, 10)) / 2
+        nodes = stratified_normal(7, dtype=torch.float64)
+        quantiles = flow.quantiles(*states((6.0, 2.0)), 7)
+        expected = 10 + 3 * ((6 + 2) / 2 + spread * nodes)
+        torch.testing.assert_close(quantiles[0], expected, atol=1e-12, rtol=0)
+
+    @pytest.mark.parametrize("tau", [2.0, INF])
+    def test_q_star(self, tau):
+        """Of the averaged law: mean + std^2 / (2 tau)."""
+        spread = (euler_gaussian_std(0.8, 10) + euler_gaussian_std(0.4, 10)) / 2
+        value = self.gaussian_pair().q_star(*states((6.0, 0.8)), tau, num_samples=4096)
+        assert value.item() == pytest.approx(4 + spread**2 / (2 * tau), abs=5e-3)
+
+    def test_samples_are_the_mean_of_the_members(self):
+        flow, networks = self.pair()
+        observation, action, noise = torch.randn(4, 3), torch.randn(4, 2), torch.randn(4, 5)
+        alone = [ReturnFlow(network, 4, loc=-5.0, scale=2.0) for network in networks]
+        expected = sum(member.sample(observation, action, 5, noise) for member in alone) / 2
+        torch.testing.assert_close(flow.sample(observation, action, 5, noise), expected)
+
+    def test_copies_are_one_flow(self):
+        single, rows = gaussian_flow(), states((3.0, 2.0), (-4.0, 1.0))
+        copies = ReturnFlow([GaussianReturns(dtype=torch.float64) for _ in range(3)])
+        torch.testing.assert_close(copies.q_star(*rows, 2.0, 16), single.q_star(*rows, 2.0, 16))
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("batch", [(), (4,), (0,), (2, 3)])
+    @pytest.mark.parametrize("nodes", ["stratified", "gauss_hermite"])
+    def test_fused_values_are_the_networks_own(self, nodes, batch):
+        flow, _ = self.pair()
+        observation, candidates = torch.randn(*batch, 3), torch.randn(*batch, 8, 2)
+        assert flow.why_not_fused(observation, candidates) is None
+        options = {"tau_r": 0.5, "num_samples": 16, "nodes": nodes}
+        action, value, values = flow.select(observation, candidates, **options)
+        expected = flow.q_star(observation.unsqueeze(-2), candidates, 0.5, 16, nodes)
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(value, values.amax(-1))
+        best = candidates.take_along_dim(values.argmax(-1)[..., None, None], -2).squeeze(-2)
+        torch.testing.assert_close(action, best)
+
+    def test_choice_is_soft(self):
+        flow, _ = self.pair()
+        with torch.no_grad():
+            gumbel = torch.tensor([[0.0, 0.0, 1e6]])
+            candidates = torch.randn(1, 3, 2)
+            options = {"tau_r": INF, "tau_q": 1.0, "gumbel": gumbel}
+            action, _, _ = flow.select(torch.randn(1, 3), candidates, **options)
+        assert torch.equal(action, candidates[:, 2])
+
+    def test_in_pieces(self, monkeypatch):
+        """Rows of all members count."""
+        from torchrl_evor.modules.models import return_flow
+
+        flow = ReturnFlow([nn.Linear(3 + 2 + 2, 1) for _ in range(2)])
+        observation, candidates = torch.randn(4, 3), torch.randn(4, 8, 2)
+        expected = flow.select(observation, candidates, tau_r=1.0)[2]
+        rows = []
+        monkeypatch.setattr(return_flow, "MAX_ROWS", 100)
+        sample = flow.sample
+        monkeypatch.setattr(flow, "sample", lambda x, *a: rows.append(len(x)) or sample(x, *a))
+        torch.testing.assert_close(flow.select(observation, candidates, tau_r=1.0)[2], expected)
+        assert max(rows) * 2 * 16 <= 100 and sum(rows) == 4 * 8
+
+    def test_one_reason_is_enough(self):
+        flow = ReturnFlow([VelocityMLP(3 + 2 + 2, hidden_sizes=(8, 8)), nn.Linear(3 + 2 + 2, 1)])
+        with torch.no_grad():
+            reason = flow.why_not_fused(torch.randn(4, 3), torch.randn(4, 8, 2))
+        assert "nn.Sequential" in reason
+
+    def test_compiles(self):
+        flow, _ = self.pair()
+        observation, candidates = torch.randn(4, 3), torch.randn(4, 8, 2)
+        select = torch.compile(flow.select, backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            expected = flow.select(observation, candidates, tau_r=1.0)
+            for actual, value in zip(select(observation, candidates, tau_r=1.0), expected):
+                torch.testing.assert_close(actual, value)
+
+    def test_velocities_of_the_wrong_number_of_members(self):
+        flow, _ = self.pair()
+        point = torch.zeros(3, 4, 1)
+        with pytest.raises(ValueError, match="z and time must be given for 2 members, got 3"):
+            flow.velocity(torch.zeros(4, 3), torch.zeros(4, 2), point, point)
+
+    def test_empty(self):
+        with pytest.raises(ValueError, match="velocity_network must hold at least one network"):
+            ReturnFlow([])
+
+
 if __name__ == "__main__":
     pytest.main([__file__])

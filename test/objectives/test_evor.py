@@ -26,7 +26,13 @@ from torch import nn
 from torchrl.data.postprocs import MultiStep
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 
-from torchrl_evor import EVORLoss, FlowMatchingPolicy, ReturnFlow, VelocityMLP
+from torchrl_evor import (
+    EVORLoss,
+    FlowMatchingPolicy,
+    ReturnFlow,
+    StackedVelocityMLP,
+    VelocityMLP,
+)
 from torchrl_evor.modules.functional import TD_TARGETS
 
 
@@ -342,6 +348,98 @@ class TestEstimator:
         """A checkpoint loads whether or not the discount was ever named."""
         fresh = EVORLoss(*make_networks())
         assert fresh.state_dict().keys() == make_loss().state_dict().keys()
+
+
+class TestEnsemble:
+    """Flows of one ensemble are trained side by side, each by a target of its own."""
+
+    @staticmethod
+    def pair(**kwargs):
+        policy, first = make_networks()
+        _, second = make_networks()
+        networks = [first.velocity_network, second.velocity_network]
+        returns = ReturnFlow(networks, num_steps=3, loc=-2.0, scale=3.0)
+        return EVORLoss(policy, returns, **kwargs).make_value_estimator(gamma=0.9)
+
+    @pytest.mark.parametrize("td_target", TD_TARGETS)
+    @pytest.mark.parametrize("next_action", NEXT_ACTIONS)
+    def test_members_share_nothing(self, td_target, next_action):
+        """The target of one member does not reach the gradient of the other."""
+        loss = self.pair(td_target=td_target, next_action=next_action, tau_q=float("inf"))
+        SoftUpdate(loss, tau=0.1)
+        batch = make_batch(8)
+
+        def gradients():
+            loss.zero_grad()
+            torch.manual_seed(1)
+            loss(batch)["loss_value"].backward()
+            return {k: p.grad.clone() for k, p in loss.named_parameters() if p.grad is not None}
+
+        before = gradients()
+        targets = loss.target_value_network_params["velocity_network", "1"]
+        targets.apply_(lambda p: p.add_(0.1))
+        after = gradients()
+        changed = {key for key in before if not torch.equal(before[key], after[key])}
+        names = {key for key in before if "velocity_network.1." in key}
+        assert len(names) == 6 and changed == names
+
+    def test_loss_is_the_mean_of_the_members(self):
+        """By the errors of each member at the points that the ensemble drew."""
+        loss = self.pair(next_action="dataset")
+        batch = make_batch(8)
+        torch.manual_seed(1)
+        point, time, target = loss.compute_target(batch)
+        assert point.shape == time.shape == target.shape == (2, 8, 1)
+        assert not torch.equal(time[0], time[1])
+        errors = []
+        for index in range(2):
+            member = loss.value_network.members[index]
+            params = loss.value_network_params["velocity_network", str(index)]
+            with params.to_module(member):
+                inputs = (batch["observation"], batch["action"], point[index], time[index])
+                errors.append(member(torch.cat(inputs, -1)) - target[index])
+        errors = torch.cat(errors, -1)
+        torch.manual_seed(1)
+        value, metadata = loss.value_loss(batch)
+        torch.testing.assert_close(value, errors.square().mean())
+        torch.testing.assert_close(metadata["td_error"], errors.abs().mean(-1))
+
+    @pytest.mark.parametrize("batch", [(8,), (2, 3), (0,)])
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_shapes(self, batch, reduction):
+        loss = self.pair(reduction=reduction)
+        data = make_batch(*batch)
+        losses = loss(data)
+        assert losses["loss_value"].shape == (batch if reduction == "none" else ())
+        assert data["td_error"].shape == batch and losses["value_target"].shape == ()
+
+    def test_a_network_for_each_model_of_a_stack(self):
+        """Members may be stacks, for batches with a leading axis of models."""
+        stacks = [StackedVelocityMLP(4, OBS + ACT + 2, hidden_sizes=(8,)) for _ in range(2)]
+        returns = ReturnFlow(stacks, num_steps=3, loc=torch.arange(4.0), scale=torch.ones(4))
+        loss = EVORLoss(make_networks()[0], returns, next_action="dataset", reduction="none")
+        batch = make_batch(4, 5)
+        value, _ = loss.value_loss(batch)
+        assert value.shape == (4, 5)
+        value.mean(-1).sum().backward()
+        parameters = dict(loss.value_network_params.flatten_keys().items())
+        for key, parameter in parameters.items():
+            if "net" in key:
+                assert (parameter.grad.flatten(1) != 0).any(-1).all(), key
+
+    def test_trains_the_users_networks(self):
+        loss = self.pair(delay_value=False)
+        before = [p.clone() for p in loss.parameters()]
+        optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+        total(loss(make_batch(8))).backward()
+        optimizer.step()
+        assert not any(torch.equal(a, b) for a, b in zip(before, loss.parameters()))
+
+    def test_state_dict_round_trip(self):
+        first, second = self.pair(), self.pair()
+        second.load_state_dict(first.state_dict())
+        batch = make_batch(8)
+        assert (seeded_call(first, batch.clone()) == seeded_call(second, batch.clone())).all()
 
 
 class TestBadInput:

@@ -153,9 +153,15 @@ class ReturnFlow(ReturnModel):
         """
         if not isinstance(self.velocity_network, nn.ModuleList):
             return self._member_velocity(self.velocity_network, observation, action, z, time)
-        rows = zip(self.members, z.unbind(), time.unbind(), strict=True)
-        velocities = [self._member_velocity(m, observation, action, *point) for m, *point in rows]
-        return torch.stack(velocities)
+        if not len(z) == len(time) == len(self.members):
+            raise ValueError(
+                f"z and time must be given for {len(self.members)} members, "
+                f"got {len(z)} and {len(time)}."
+            )
+        members = zip(self.members, z, time)
+        return torch.stack(
+            [self._member_velocity(network, observation, action, *at) for network, *at in members]
+        )
 
     @staticmethod
     def _member_velocity(network, observation, action, z, time) -> Tensor:
