@@ -89,8 +89,7 @@ class Estimator:
 
     def __init__(self, num_resamples: int, confidence: float, seed: int, single: bool) -> None:
         self.num_resamples, self.confidence = num_resamples, confidence
-        self.generator = np.random.default_rng(seed)
-        self.single = single
+        self.seed, self.single = seed, single
 
     def interval(self, statistic, *scores: np.ndarray) -> tuple[float, float] | None:
         """The bootstrap interval; None for a single seed, where that was asked for."""
@@ -106,7 +105,8 @@ class Estimator:
             statistic,
             num_resamples=self.num_resamples,
             confidence=self.confidence,
-            generator=self.generator,
+            # The same draws for each estimate, so that a method more leaves the others as they are.
+            generator=np.random.default_rng(self.seed),
         )
 
     def text(self, statistic, *scores: np.ndarray, scale: float = 100.0, form: str = ".1f") -> str:

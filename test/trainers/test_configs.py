@@ -181,6 +181,12 @@ class TestCompose:
         )
         assert isinstance(loss, QCLoss) and loss.value_estimator.gamma.item() == 0.5
 
+    def test_an_ensemble_is_a_list_of_networks(self):
+        velocity = CONFIGS["network", "velocity_mlp"](in_features=7, hidden_sizes=[8])
+        returns = instantiate(CONFIGS["model", "return_flow"](velocity_network=[velocity] * 2))
+        first, second = returns.members
+        assert first is not second and first.net[0].in_features == 7
+
     def test_nested_keys_and_dtype(self):
         velocity = CONFIGS["network", "velocity_mlp"](
             in_features=6, hidden_sizes=[8], dtype="float64"

@@ -50,7 +50,9 @@ class EVORLoss(FlowPolicyLoss):
 
     Args:
         actor_network (FlowMatchingPolicy): base policy.
-        value_network (ReturnFlow): law of the reward-to-go.
+        value_network (ReturnFlow): law of the reward-to-go. The flows of an ensemble are
+            trained side by side, each by points and targets of its own; the loss and
+            the errors of rows are means over them.
 
     Keyword Args:
         td_target (str, optional): ``"bellman"``, ``"sample"``, ``"coupled"``
