@@ -646,7 +646,7 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
     first = program()
     for method in ("evor", "scalar"):
         for setting, agent in first.agents(method):
-            agents.save(tmp_path, TASK, method, setting, agent, first)
+            agents.save(tmp_path, TASK, method, setting, agent, first, 60.0)
     torch.manual_seed(1)
     second = program(f"policies={tmp_path}")
     before = {key: value.clone() for key, value in second.losses["scalar"].state_dict().items()}
@@ -669,6 +669,11 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
     members = [member.net[0].weight for _, agent in second.agents("evor") for member in agent.value]
     assert len({tuple(weight.flatten().tolist()) for weight in members}) == 2 * 3
     assert {path.stem.split("_")[-2] for path in tmp_path.glob("*.pt")} == {"evor-x3", "scalar"}
+    cfg = program(f"evaluate={tmp_path}", "methods=[scalar]", "seeds=[1]").cfg
+    assert [path.name for path in agents.find(cfg)] == [f"{TASK}_task1_seed1_scalar_n5.pt"]
+    cfg.tasks = [2]
+    with pytest.raises(ValueError, match=r"evaluate=.* must hold agents of .*'task': \[2\]"):
+        agents.find(cfg)
     with pytest.raises(ValueError, match="must be without 'bc' where policies are kept"):
         program(f"policies={tmp_path}", "methods=[evor,bc]")
     with pytest.raises(ValueError, match="must hold an agent of .*, seed 7"):
@@ -703,6 +708,14 @@ def test_many_in_chunks(root):
     trained = studies.load(output / "agents" / f"{TASK}_task1_seed0_evor-3_n2.pt")
     assert (trained.method, trained.chunk_size) == ("evor-3", 3)
     assert trained.policy.module.action_dim == 6
+    # The same agent again by other nodes, nothing trained.
+    small = [*SMALL_MANY, "tasks=[1]", "methods=[evor]", "actor.nodes=gauss_hermite"]
+    places = [f"evaluate={output / 'agents'}", f"results_dir={output / 'results'}"]
+    result = run("many.py", root, *small, *places, f"hydra.run.dir={output / 'again'}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    first, second = results_io.read_file(output / "results" / TASK / "evor-3.csv")
+    assert (first.nodes, second.nodes) == ("stratified", "gauss_hermite")
+    assert first.train_seconds == second.train_seconds > 0
 
 
 @pytest.mark.slow

@@ -71,8 +71,8 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
         data=SimpleNamespace(batch_size=4),
     )
     windows = {method: SimpleNamespace(observation=torch.zeros(7, observation_dim))}
-    program = SimpleNamespace(num_updates=3, windows=windows, cfg=cfg)
-    return agents.save(folder, TASK["env"], method, setting, agent, program)
+    program = SimpleNamespace(num_updates=3, windows=windows, cfg=cfg, device=torch.device("cpu"))
+    return agents.save(folder, TASK["env"], method, setting, agent, program, train_seconds=60.0)
 
 
 def many_setting():
@@ -168,7 +168,7 @@ class TestBadInput:
     @pytest.mark.parametrize("study", ["samples", "tau_r"])
     def test_a_scalar_critic_has_no_nodes(self, tmp_path, study):
         trained = studies.load(agent_file(tmp_path, method="scalar"))
-        with pytest.raises(ValueError, match="needs the reward-to-go flow .* got method 'scalar'"):
+        with pytest.raises(ValueError, match="needs the reward-to-go flow .* got method 'scalar-x2'"):
             inference_study.make_sweep(config("inference_study", f"study={study}"), trained)
 
     @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ class Agent:
     scale: float
 
 
-def save(folder: Path, env: str, method: str, setting, agent: Agent, program) -> Path:
+def save(
+    folder: Path, env: str, method: str, setting, agent: Agent, program, train_seconds: float
+) -> Path:
     """Writes one agent with what is needed to build it again; atomic."""
     folder.mkdir(parents=True, exist_ok=True)
     chunk_size = program.cfg.chunk_size
@@ -63,6 +65,8 @@ def save(folder: Path, env: str, method: str, setting, agent: Agent, program) ->
         "value_steps": program.cfg.value_steps,
         "value_solver": program.cfg.value_solver,
         "batch_size": program.cfg.data.batch_size,
+        "train_seconds": train_seconds,
+        "peak_memory_mb": utils.peak_memory_mb(program.device),
         "loc": agent.loc,
         "scale": agent.scale,
         "policy": {key: value.cpu() for key, value in agent.policy.state_dict().items()},
@@ -79,8 +83,31 @@ def save(folder: Path, env: str, method: str, setting, agent: Agent, program) ->
 
 def read(path: Path) -> dict:
     """Content of an agent file, with the defaults of what is younger than the file."""
-    younger = {"chunk_size": 1, "layer_norm": True}
+    younger = {"chunk_size": 1, "layer_norm": True, "train_seconds": None, "peak_memory_mb": None}
     return {**younger, **torch.load(path, map_location="cpu", weights_only=True)}
+
+
+def find(cfg: DictConfig) -> dict[Path, str]:
+    """Agent files in ``cfg.evaluate`` of the chosen runs, with their methods.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    chosen = {
+        "env": [env.name for env in cfg.envs],
+        "task": list(cfg.tasks),
+        "seed": list(cfg.seeds),
+        "method": list(cfg.methods),
+    }
+    contents = {path: read(path) for path in sorted(Path(cfg.evaluate).glob("*.pt"))}
+    files = {
+        path: content["method"]
+        for path, content in contents.items()
+        if all(content[key] in values for key, values in chosen.items())
+    }
+    if not files:
+        raise ValueError(f"evaluate={cfg.evaluate!r} must hold agents of {chosen}, got none.")
+    return files
 
 
 def label(content: dict) -> str:
@@ -174,6 +201,7 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
     states = (content["policy"], *content["value"])
     parameters = sum(value.numel() for state in states for value in state.values())
     kept = ("env", "task", "seed", "n_step", "num_updates", "num_transitions", "batch_size")
+    kept += ("train_seconds", "peak_memory_mb")
     return {
         **{key: content[key] for key in kept},
         "method": label(content),
@@ -184,7 +212,7 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
     }
 
 
-def evaluate_all(cfg: DictConfig, files: dict[Path, str], device, train_seconds: float) -> None:
+def evaluate_all(cfg: DictConfig, files: dict[Path, str], device) -> None:
     """Evaluates agents, by file their method, in parallel processes and records the rows."""
     # A temperature of the reward-to-go says something to laws only.
     jobs = [
@@ -208,15 +236,13 @@ def evaluate_all(cfg: DictConfig, files: dict[Path, str], device, train_seconds:
             )
             if cfg.results_dir is not None:
                 path = Path(cfg.results_dir) / outcome["env"] / f"{outcome['method']}.csv"
-                results_io.append_row(path, _row(cfg, outcome, device, train_seconds))
+                results_io.append_row(path, _row(cfg, outcome, device))
 
 
-def _row(cfg: DictConfig, outcome: dict, device, train_seconds: float) -> dict:
+def _row(cfg: DictConfig, outcome: dict, device) -> dict:
     return {
         **outcome,
         "protocol": cfg.protocol,
         "device": utils.device_name(device),
-        "train_seconds": train_seconds,
-        "peak_memory_mb": utils.peak_memory_mb(device),
         "command": " ".join(["python", *sys.argv]),
     }

@@ -373,17 +373,22 @@ def main(cfg: DictConfig) -> None:
     device = utils.choose_device(cfg.device)
     torch.manual_seed(cfg.seeds[0])
     utils.configure_torch(cfg)
+    files = agents.find(cfg) if cfg.evaluate is not None else train_all(cfg, output, device)
+    agents.evaluate_all(cfg, files, device)
+
+
+def train_all(cfg: DictConfig, output: Path, device: torch.device) -> dict[Path, str]:
+    """Trains and writes all agents; returns their files with their methods."""
     utils.check_spread(cfg.data.observation_spread)
     programs = [Program(cfg, env.name, env.gamma, device) for env in cfg.envs]
     seconds = train(cfg, programs)
     tqdm.write(f"{programs[0].num_updates} updates in {seconds:.0f} s")
-    folder = Path(cfg.agents or output / "agents")
-    files = {}
+    folder, files = Path(cfg.agents or output / "agents"), {}
     for program, method in itertools.product(programs, cfg.methods):
         for setting, agent in program.agents(method):
-            path = agents.save(folder, program.name, method, setting, agent, program)
+            path = agents.save(folder, program.name, method, setting, agent, program, seconds)
             files[path] = method
-    agents.evaluate_all(cfg, files, device, seconds)
+    return files
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class ResultRow:
         n_step (int, optional): steps of data rewards in a target.
         num_candidates (int, optional): candidates per decision.
         num_samples (int, optional): reward-to-go nodes per candidate.
+        nodes (str, optional): how they are placed: ``stratified``, ``gauss_hermite``, ``random``.
         tau_r (float, optional): temperature of the reward-to-go average, reward units.
         tau_q (float, optional): temperature of the choice among candidates, reward units.
         length_mean (float, optional): mean number of steps of an episode.
@@ -67,6 +68,7 @@ class ResultRow:
     n_step: int | None = None
     num_candidates: int | None = None
     num_samples: int | None = None
+    nodes: str | None = None
     tau_r: float | None = None
     tau_q: float | None = None
     length_mean: float | None = None
@@ -105,6 +107,7 @@ SETTINGS = (
     "episodes",
     "num_candidates",
     "num_samples",
+    "nodes",
     "tau_r",
     "tau_q",
 )

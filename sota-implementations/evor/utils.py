@@ -470,7 +470,7 @@ def append_result(
         **episode_columns(episodes),
     }
     if hasattr(actor, "num_candidates"):
-        settings = ("num_candidates", "num_samples", "tau_r", "tau_q")
+        settings = ("num_candidates", "num_samples", "nodes", "tau_r", "tau_q")
         row.update({name: cfg.actor[name] for name in settings})
     results_io.append_row(Path(cfg.results_dir) / cfg.env.name / f"{row['method']}.csv", row)
 
