@@ -181,7 +181,7 @@ class TestReading:
         with pytest.raises(ValueError, match=r"evor.csv, line 3: .*half"):
             results_io.read_rows(root)
         path.write_text("\n".join([*lines[:2], "a,b"]))
-        with pytest.raises(ValueError, match="line 3: expected 24 values"):
+        with pytest.raises(ValueError, match="line 3: expected 25 values"):
             results_io.read_rows(root)
 
     def test_duplicates(self, root):
