@@ -168,7 +168,7 @@ class TestBadInput:
     @pytest.mark.parametrize("study", ["samples", "tau_r"])
     def test_a_scalar_critic_has_no_nodes(self, tmp_path, study):
         trained = studies.load(agent_file(tmp_path, method="scalar"))
-        with pytest.raises(ValueError, match="needs the reward-to-go flow .* got method 'scalar-x2'"):
+        with pytest.raises(ValueError, match="needs the reward-to-go flow .* method 'scalar-x2'"):
             inference_study.make_sweep(config("inference_study", f"study={study}"), trained)
 
     @pytest.mark.parametrize(
