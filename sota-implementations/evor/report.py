@@ -358,35 +358,43 @@ def parse_same(options: list[str], names: set[str]) -> dict[str, str]:
 
 
 def plot_environment(env: str, methods: list[Method], estimator: Estimator, path: Path) -> None:
-    """Mean success with interval, dots for single seeds; tasks beside it."""
+    """Mean success and return with intervals, dots for single seeds; success by task beside."""
     if not _has_matplotlib:
         raise ImportError("plots need matplotlib: pip install matplotlib, or pass --no-plots.")
     import figures
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.2 + 0.45 * len(methods)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(12, 1.2 + 0.45 * len(methods)), layout="constrained")
+    success, returns, tasks = figure.subplots(1, 3, sharey=True)
     for y, method in enumerate(methods):
-        interval = estimator.interval(mean, method.scores)
-        if interval is not None:
-            left.plot(np.multiply(interval, 100), [y, y], color="C0", lw=6, alpha=0.35)
-        left.plot(100 * method.scores.mean(axis=1), [y] * len(method.scores), ".", color="C7")
-        left.plot(100 * mean(method.scores), y, "|", color="C0", ms=16, mew=2)
+        _draw_mean(success, y, 100 * method.scores, estimator)
+        _draw_mean(returns, y, method.returns, estimator)
         for index, value in enumerate(100 * method.scores.mean(axis=0)):
-            right.plot(value, y, "o", color=f"C{index}", alpha=0.8)
+            tasks.plot(value, y, "o", color=f"C{index}", alpha=0.8)
     for index, task in enumerate(methods[0].tasks):
-        right.plot([], [], "o", color=f"C{index}", label=f"task {task}")
-    left.set(title="mean over tasks; dots: seeds", yticks=range(len(methods)))
-    left.set_yticklabels([method.name for method in methods])
-    left.set_ylim(len(methods) - 0.4, -0.6)  # the first method on top, as in the table
-    right.set(title="tasks, mean over seeds")
+        tasks.plot([], [], "o", color=f"C{index}", label=f"task {task}")
+    success.set(title="mean over tasks; dots: seeds", yticks=range(len(methods)))
+    success.set_yticklabels([method.name for method in methods])
+    success.set_ylim(len(methods) - 0.4, -0.6)  # the first method on top, as in the table
+    returns.set(title="mean over tasks; dots: seeds", xlabel="return (reward units)")
+    tasks.set(title="tasks, mean over seeds")
     # Beside the axes, where it hides no point.
-    right.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    for axis in (left, right):
+    tasks.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in (success, tasks):
         axis.set(xlabel="success (%)", xlim=(-3, 103))
+    for axis in (success, returns, tasks):
         axis.grid(axis="x", alpha=0.3)
     figure.suptitle(env)
     figures.save(figure, path, dpi=120)
+
+
+def _draw_mean(axis, y: int, table: np.ndarray, estimator: Estimator) -> None:
+    """One line of a panel: the mean of ``[seeds, tasks]``, its interval, the seeds."""
+    interval = estimator.interval(mean, table)
+    if interval is not None:
+        axis.plot(interval, [y, y], color="C0", lw=6, alpha=0.35)
+    axis.plot(table.mean(axis=1), [y] * len(table), ".", color="C7")
+    axis.plot(mean(table), y, "|", color="C0", ms=16, mew=2)
 
 
 def renew(readme: Path, text: str) -> None:
