@@ -88,6 +88,7 @@ def row(value, success, episodes=10, seed=0, **other):
         "seed": seed,
         "episodes": episodes,
         "success": success,
+        "length_mean": 100.0,
         "latency_seconds": 0.001,
         **other,
     }

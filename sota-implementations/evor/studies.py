@@ -287,7 +287,7 @@ def plot_success(
     path: Path,
     beside: str = "latency_seconds",
 ) -> None:
-    """Success with its interval, and a time beside it, against column ``x``.
+    """Success with its interval, steps and a time beside it, against column ``x``.
 
     Args:
         rows (list of dict): raw rows. Episodes of all tasks and seeds that share ``x`` and
@@ -299,7 +299,7 @@ def plot_success(
     """
     ticks = sorted({float(row[x]) for row in rows})
     varying = [name for name in lines if len({row[name] for row in rows}) > 1]
-    figure, (success, seconds) = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure, (success, steps, seconds) = plt.subplots(1, 3, figsize=(13, 3.4))
     for line in dict.fromkeys(tuple(row[name] for name in lines) for row in rows):
         chosen = [row for row in rows if tuple(row[name] for name in lines) == line]
         named = dict(zip(lines, line))
@@ -312,13 +312,16 @@ def plot_success(
         mean, low, high = zip(*(pool(groups[value]) for value in values))
         below, above = ([abs(m - e) for m, e in zip(mean, edge)] for edge in (low, high))
         success.errorbar(position, mean, yerr=[below, above], marker="o", capsize=3, label=label)
+        lengths = [statistics.fmean(float(row["length_mean"]) for row in groups[v]) for v in values]
+        steps.plot(position, lengths, marker="o")
         times = [statistics.median(float(row[beside]) for row in groups[v]) for v in values]
         seconds.plot(position, times, marker="o")
-    for axis in (success, seconds):
+    for axis in (success, steps, seconds):
         axis.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
         axis.set_xlabel(x)
     success.set(ylabel="success (95 % Wilson interval)", ylim=(-0.03, 1.03))
     success.legend(frameon=False, fontsize=7)
+    steps.set(ylabel="mean steps of an episode", ylim=(0, None))
     seconds.set(ylabel=beside.replace("_", " "), yscale="log")
     figure.suptitle(path.stem, fontsize=9)
     figure.tight_layout()
