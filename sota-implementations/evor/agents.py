@@ -48,13 +48,10 @@ def save(
 ) -> Path:
     """Writes one agent with what is needed to build it again; atomic."""
     folder.mkdir(parents=True, exist_ok=True)
-    chunk_size = program.cfg.chunk_size
-    named = utils.method_name(method, chunk_size, len(agent.value))
-    name = f"{env}_task{setting.task}_seed{setting.seed}_{named}_n{setting.n_step}.pt"
     content = {
         "env": env,
         "method": method,
-        "chunk_size": chunk_size,
+        "chunk_size": program.cfg.chunk_size,
         **asdict(setting),
         "num_updates": program.num_updates,
         "num_transitions": len(program.windows[method].observation),
@@ -75,6 +72,7 @@ def save(
             for member in agent.value
         ],
     }
+    name = f"{env}_task{setting.task}_seed{setting.seed}_{label(content)}_n{setting.n_step}.pt"
     partial = folder / f".{name}.part"
     torch.save(content, partial)
     os.replace(partial, folder / name)
@@ -132,8 +130,7 @@ def build(content: dict, device: torch.device | str = "cpu", **actor_options):
     units = {"loc": content["loc"], "scale": content["scale"]}
     if content["method"] == "evor":
         steps, solver = content["value_steps"], content["value_solver"]
-        velocity = members if len(members) > 1 else members[0]
-        returns = ReturnFlow(velocity, steps, solver=solver, **units)
+        returns = ReturnFlow(members, steps, solver=solver, **units)
     else:
         network = members[0] if len(members) == 1 else StackedVelocityMLP.from_models(members)
         returns = ScalarCritic(network, num_critics=len(members), **units)
@@ -200,8 +197,10 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
         options = {}  # none of the actor's play a part
     states = (content["policy"], *content["value"])
     parameters = sum(value.numel() for state in states for value in state.values())
-    kept = ("env", "task", "seed", "n_step", "num_updates", "num_transitions", "batch_size")
-    kept += ("train_seconds", "peak_memory_mb")
+    kept = (
+        *("env", "task", "seed", "n_step", "num_updates", "num_transitions", "batch_size"),
+        *("train_seconds", "peak_memory_mb"),
+    )
     return {
         **{key: content[key] for key in kept},
         "method": label(content),

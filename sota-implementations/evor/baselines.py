@@ -90,9 +90,8 @@ class Sizes:
     def returns(self) -> ReturnFlow:
         """Reward-to-go flow, or an ensemble."""
         networks = [self.value(self.inputs + 2) for _ in range(self.num_flows)]
-        velocity = networks if self.num_flows > 1 else networks[0]
         units = {"loc": self.loc, "scale": self.scale}
-        return ReturnFlow(velocity, self.value_steps, solver=self.value_solver, **units)
+        return ReturnFlow(networks, self.value_steps, solver=self.value_solver, **units)
 
     def critic(self, kind: str) -> Critic:
         """Single critic of policy evaluation."""

@@ -245,8 +245,7 @@ class Program:
                 for _ in range(num_critics)
             ]
             steps, solver = self.cfg.value_steps, self.cfg.value_solver
-            velocity = networks if num_critics > 1 else networks[0]
-            returns = ReturnFlow(velocity, steps, solver=solver, loc=loc, scale=scale)
+            returns = ReturnFlow(networks, steps, solver=solver, loc=loc, scale=scale)
             loss = EVORLoss(
                 self.policy,
                 returns,

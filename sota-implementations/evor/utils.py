@@ -230,8 +230,7 @@ def build_networks(cfg: DictConfig, observation_dim: int, action_dim: int):
         )
         for _ in range(cfg.value.num_flows)
     ]
-    velocity = networks if len(networks) > 1 else networks[0]
-    return policy, ReturnFlow(velocity, cfg.value.num_steps, solver=cfg.value.solver)
+    return policy, ReturnFlow(networks, cfg.value.num_steps, solver=cfg.value.solver)
 
 
 def make_loss(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow):

@@ -354,6 +354,14 @@ class TestEnsemble:
         copies = ReturnFlow([GaussianReturns(dtype=torch.float64) for _ in range(3)])
         torch.testing.assert_close(copies.q_star(*rows, 2.0, 16), single.q_star(*rows, 2.0, 16))
 
+    def test_one_network_is_no_ensemble(self):
+        """In a list or not: the same parameters by the same names, and no axis of members."""
+        network = VelocityMLP(3 + 2 + 2, hidden_sizes=(8,))
+        for alone in ([network], nn.ModuleList([network])):
+            flow = ReturnFlow(alone)
+            assert flow.velocity_network is network
+            assert flow.expand_members(torch.zeros(4, 1)).shape == (4, 1)
+
     @torch.no_grad()
     @pytest.mark.parametrize("batch", [(), (4,), (0,), (2, 3)])
     @pytest.mark.parametrize("nodes", ["stratified", "gauss_hermite"])

@@ -46,7 +46,7 @@ class ReturnFlow(ReturnModel):
     Args:
         velocity_network (nn.Module or sequence of nn.Module): maps the concatenation
             of observation, action, z and flow time ``[*B, obs + act + 2]`` to
-            ``[*B, 1]``. Several are an ensemble of flows, each of which
+            ``[*B, 1]``. More than one are an ensemble of flows, each of which
             :class:`~torchrl_evor.EVORLoss` trains by targets of its own: samples are
             their mean at the same noise, which averages the members' quantiles.
         num_steps (int, optional): evaluations of the velocity, at flow times
@@ -112,10 +112,13 @@ class ReturnFlow(ReturnModel):
         super().__init__(
             loc=loc, scale=scale, in_keys=in_keys, out_keys=out_keys, num_samples=num_samples
         )
-        if not isinstance(velocity_network, nn.Module):
-            velocity_network = nn.ModuleList(velocity_network)
-        if isinstance(velocity_network, nn.ModuleList) and not len(velocity_network):
-            raise ValueError("velocity_network must hold at least one network, got none.")
+        if isinstance(velocity_network, nn.ModuleList) or not isinstance(
+            velocity_network, nn.Module
+        ):
+            networks = list(velocity_network)
+            if not networks:
+                raise ValueError("velocity_network must hold at least one network, got none.")
+            velocity_network = networks[0] if len(networks) == 1 else nn.ModuleList(networks)
         self.velocity_network = velocity_network
         self.num_steps = check_positive("num_steps", num_steps)
         self.solver = check_solver(solver, num_steps)
