@@ -21,11 +21,23 @@ import baselines  # noqa: E402
 OBS, ACT = 3, 2
 
 
+SIZES = baselines.Sizes(
+    OBS,
+    ACT,
+    policy_hidden_sizes=(8, 4),
+    value_hidden_sizes=(6,),
+    policy_activation="relu",
+    value_activation="silu",
+    num_steps=2,
+    loc=-5.0,
+    scale=2.0,
+)
+
+
 def make(method, gamma=0.9, **kwargs):
-    sizes = baselines.Sizes(OBS, ACT, hidden_sizes=(8, 8), num_steps=2, loc=-5.0, scale=2.0)
     actor = {"num_candidates": 3, "num_samples": 2}
     options = {"num_candidates": 4, "actor": actor, **kwargs}
-    loss, actor = baselines.make_baseline(method, sizes, **options)
+    loss, actor = baselines.make_baseline(method, SIZES, **options)
     loss.make_value_estimator(gamma=gamma)
     return loss, actor
 
@@ -50,6 +62,17 @@ def make_batch(rows, steps=3):
 
 def total(losses):
     return sum(value for name, value in losses.items() if name.startswith("loss"))
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_policies_and_values_have_their_own_sizes(method):
+    loss, _ = make(method)
+    widths = {"actor": set(), "value": set()}
+    for name, parameter in loss.named_parameters():
+        if "bias" in name:
+            widths["actor" if name.startswith("actor") else "value"].add(parameter.shape[-1])
+    assert widths["actor"] == {8, 4, ACT}
+    assert widths["value"] - {1, SIZES.num_atoms} == (set() if method == "bc" else {6})
 
 
 @pytest.mark.parametrize("method", baselines.METHODS)

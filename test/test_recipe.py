@@ -333,7 +333,7 @@ def test_improved_options_reach_every_loss():
     with initialize_config_dir(str(RECIPE), version_base="1.3"):
         cfg = compose("config", overrides=[*SMALL, "loss.next_action=improved", *overrides])
     loss, _, _ = utils.make_loss(cfg, *utils.build_networks(cfg, 2, 2))
-    sizes = baselines.Sizes(2, 2, hidden_sizes=(8,))
+    sizes = baselines.Sizes(2, 2, policy_hidden_sizes=(8,), value_hidden_sizes=(8,))
     other, _ = baselines.make_baseline(
         "evor", sizes, next_action="improved", improved=cfg.loss.improved
     )

@@ -47,7 +47,8 @@ class Sizes:
 
     observation_dim: int
     action_dim: int
-    hidden_sizes: Sequence[int] = (256, 256, 256)
+    policy_hidden_sizes: Sequence[int] = (256, 256, 256)
+    value_hidden_sizes: Sequence[int] = (256, 256, 256)
     policy_activation: str = "gelu_tanh"
     value_activation: str = "gelu_tanh"
     num_steps: int = 10
@@ -66,30 +67,43 @@ class Sizes:
         """Size of an observation and an action together."""
         return self.observation_dim + self.action_dim
 
-    def network(self, in_features: int, out_features: int = 1, **options) -> VelocityMLP:
-        """Network whose first inputs are an observation."""
+    def policy_network(self, in_features: int) -> VelocityMLP:
+        """Network of a policy, without LayerNorm."""
         return self._standardized(
-            VelocityMLP(in_features, out_features, hidden_sizes=self.hidden_sizes, **options)
+            VelocityMLP(
+                in_features,
+                self.action_dim,
+                hidden_sizes=self.policy_hidden_sizes,
+                activation=self.policy_activation,
+            )
         )
 
+    def value_network(self, in_features: int, out_features: int = 1) -> VelocityMLP:
+        """Network of a value or of a law's parameters."""
+        return self._standardized(VelocityMLP(in_features, out_features, **self._value_options))
+
+    @property
+    def _value_options(self) -> dict:
+        return {
+            "hidden_sizes": self.value_hidden_sizes,
+            "activation": self.value_activation,
+            "layer_norm": self.layer_norm,
+        }
+
     def _standardized(self, network):
+        """The network, whose first inputs are an observation, in the units of the data."""
         if self.observation_statistics is None:
             return network
         return network.standardize_inputs_(*self.observation_statistics)
 
     def policy(self) -> FlowMatchingPolicy:
-        """Base policy, without LayerNorm."""
-        network = self.network(self.inputs + 1, self.action_dim, activation=self.policy_activation)
+        """Base policy."""
+        network = self.policy_network(self.inputs + 1)
         return FlowMatchingPolicy(network, self.action_dim, self.num_steps)
-
-    def value(self, in_features: int, out_features: int = 1) -> VelocityMLP:
-        """Network of a value or of a law's parameters."""
-        options = {"activation": self.value_activation, "layer_norm": self.layer_norm}
-        return self.network(in_features, out_features, **options)
 
     def returns(self) -> ReturnFlow:
         """Reward-to-go flow, or an ensemble."""
-        networks = [self.value(self.inputs + 2) for _ in range(self.num_flows)]
+        networks = [self.value_network(self.inputs + 2) for _ in range(self.num_flows)]
         units = {"loc": self.loc, "scale": self.scale}
         return ReturnFlow(networks, self.value_steps, solver=self.value_solver, **units)
 
@@ -97,8 +111,8 @@ class Sizes:
         """Single critic of policy evaluation."""
         units = {"loc": self.loc, "scale": self.scale}
         if kind == "scalar":
-            return ScalarCritic(self.value(self.inputs), **units)
-        network = self.value(self.inputs, self.num_atoms)
+            return ScalarCritic(self.value_network(self.inputs), **units)
+        network = self.value_network(self.inputs, self.num_atoms)
         if kind == "quantile":
             return QuantileCritic(network, num_quantiles=self.num_atoms, **units)
         cls = {"hl_gauss": HLGaussCritic, "categorical": CategoricalCritic}[kind]
@@ -107,13 +121,7 @@ class Sizes:
 
     def ensemble(self, num_critics: int) -> ScalarCritic:
         """Q-chunking's scalar critics."""
-        stack = StackedVelocityMLP(
-            num_critics,
-            self.inputs,
-            hidden_sizes=self.hidden_sizes,
-            activation=self.value_activation,
-            layer_norm=self.layer_norm,
-        )
+        stack = StackedVelocityMLP(num_critics, self.inputs, **self._value_options)
         stack = self._standardized(stack)
         return ScalarCritic(stack, num_critics=num_critics, loc=self.loc, scale=self.scale)
 
@@ -248,7 +256,7 @@ def make_iql(
         raise ValueError(f"expectile must lie between 0 and 1, got {expectile}.")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}.")
-    network = sizes.network(sizes.observation_dim, sizes.action_dim)
+    network = sizes.policy_network(sizes.observation_dim)
     parameters = TensorDictModule(
         GaussianPolicy(network), in_keys=["observation"], out_keys=["action", "scale"]
     )
@@ -259,14 +267,14 @@ def make_iql(
     )
     qvalues = [
         TensorDictModule(
-            ValueNetwork(sizes.value(sizes.inputs), sizes.loc, sizes.scale),
+            ValueNetwork(sizes.value_network(sizes.inputs), sizes.loc, sizes.scale),
             in_keys=["observation", "action"],
             out_keys=["state_action_value"],
         )
         for _ in range(2)
     ]
     value = TensorDictModule(
-        ValueNetwork(sizes.value(sizes.observation_dim), sizes.loc, sizes.scale),
+        ValueNetwork(sizes.value_network(sizes.observation_dim), sizes.loc, sizes.scale),
         in_keys=["observation"],
         out_keys=["state_value"],
     )

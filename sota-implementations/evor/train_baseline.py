@@ -27,7 +27,8 @@ def plain_sizes(cfg: DictConfig, observation_dim: int, action_dim: int) -> basel
     return baselines.Sizes(
         observation_dim,
         action_dim,
-        hidden_sizes=cfg.value.hidden_sizes,
+        policy_hidden_sizes=cfg.policy.hidden_sizes,
+        value_hidden_sizes=cfg.value.hidden_sizes,
         policy_activation=cfg.policy.activation,
         value_activation=cfg.value.activation,
         num_steps=cfg.policy.num_steps,
