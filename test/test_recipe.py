@@ -148,6 +148,7 @@ def test_chunks_of_actions_and_an_ensemble(root):
     (path,) = (root / "results").rglob("*.csv")
     (row,) = studies.read(path)
     assert path.stem == row["method"] == "evor-3-x2"
+    assert row["training"].startswith("lr=0.0005 schedule=")
     trained = studies.load(output)
     assert (trained.method, trained.chunk_size) == ("evor-3-x2", 3)
     assert len(trained.returns.members) == 2
@@ -340,6 +341,41 @@ def test_improved_options_reach_every_loss():
     for made in (loss, other):
         assert made.next_action == "improved"
         assert {name: getattr(made, name) for name in options} == options
+
+
+def test_text_of_a_training():
+    """One text for one training, whichever program ran it; only what concerns the method."""
+    import many
+    import results_io
+    import utils
+    from hydra import compose, initialize_config_dir
+
+    together = ["hidden_sizes=[8,4]", "activation=silu", "lr=2e-3", "schedule=cosine", "tau=0.1"]
+    together += ["value_steps=6", "value_solver=midpoint", "data.observation_spread=3"]
+    alone = ["policy.hidden_sizes=[8,4]", "policy.activation=silu", "value.activation=silu"]
+    alone += ["optim.lr=2e-3", "optim.schedule=cosine", "loss.tau=0.1", "value.num_steps=6"]
+    alone += ["value.solver=midpoint", "data.observation_spread=3", "loss.gamma=0.9"]
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        first = many.training_settings(compose("many", overrides=together), gamma=0.9)
+        second = utils.training_settings(compose("baselines", overrides=alone))
+        improved = compose("config", overrides=["loss.next_action=improved"])
+    policy = "lr=0.002 schedule=cosine observation_spread=3 policy_hidden=8x4 "
+    policy += "policy_activation=silu policy_steps=10"
+    value = f"{policy} gamma=0.9 tau=0.1 value_activation=silu layer_norm=True"
+    flow = "value_steps=6 value_solver=midpoint td_target=bellman"
+    expected = {
+        "bc": policy,
+        "scalar": f"{value} next_action=dataset",
+        "qc": f"{value} num_critics=2 next_candidates=32",
+        "evor": f"{value} {flow} next_action=dataset",
+    }
+    for settings in (first, second):
+        made = {method: results_io.training_text(method, settings) for method in expected}
+        assert made == expected
+    text = results_io.training_text("iql", second)
+    assert text == f"{value} expectile=0.9 temperature=10"
+    text = results_io.training_text("evor", utils.training_settings(improved))
+    assert text.endswith("next_action=improved(num_candidates:4,num_samples:4,tau_r:inf,tau_q:1)")
 
 
 def test_spread_of_the_observations():
@@ -705,6 +741,7 @@ def test_many_in_chunks(root):
     assert result.returncode == 0, result.stderr[-2000:]
     rows = results_io.read_rows(output / "results")
     assert {row.method for row in rows} == {"evor-3", "scalar-3", "qc-3", "bc-3"}
+    assert all("observation_spread=1 " in row.training for row in rows)
     trained = studies.load(output / "agents" / f"{TASK}_task1_seed0_evor-3_n2.pt")
     assert (trained.method, trained.chunk_size) == ("evor-3", 3)
     assert trained.policy.module.action_dim == 6

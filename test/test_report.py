@@ -38,6 +38,7 @@ FULL = {
     "num_transitions": 99,
     "tau_r": float("inf"),
     "tau_q": 0.0,
+    "training": "lr=0.001 gamma=0.99",
     "train_seconds": 10.0,
     "eval_seconds_per_decision": 0.002,
     "parameters": 1234,
@@ -181,7 +182,7 @@ class TestReading:
         with pytest.raises(ValueError, match=r"evor.csv, line 3: .*half"):
             results_io.read_rows(root)
         path.write_text("\n".join([*lines[:2], "a,b"]))
-        with pytest.raises(ValueError, match="line 3: expected 25 values"):
+        with pytest.raises(ValueError, match=f"line 3: expected {len(results_io.COLUMNS)} values"):
             results_io.read_rows(root)
 
     def test_duplicates(self, root):
@@ -269,7 +270,10 @@ class TestReport:
         text = run(root, "--where", f"{column}={FULL[column]}")
         assert "| bc |" not in text
 
-    @pytest.mark.parametrize("column, value", [("protocol", "b"), ("tau_r", 1.0), ("device", "x")])
+    @pytest.mark.parametrize(
+        "column, value",
+        [("protocol", "b"), ("tau_r", 1.0), ("device", "x"), ("training", "lr=0.01 gamma=0.99")],
+    )
     def test_mixed_settings_are_an_error(self, root, column, value):
         add_all(root, "evor", [[1.0], [1.0]])
         add_all(root, "evor", [[0.0], [0.0]], **{column: value})

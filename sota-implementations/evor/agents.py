@@ -62,6 +62,7 @@ def save(
         "value_steps": program.cfg.value_steps,
         "value_solver": program.cfg.value_solver,
         "batch_size": program.cfg.data.batch_size,
+        "training": results_io.training_text(method, program.training_settings),
         "train_seconds": train_seconds,
         "peak_memory_mb": utils.peak_memory_mb(program.device),
         "loc": agent.loc,
@@ -81,7 +82,8 @@ def save(
 
 def read(path: Path) -> dict:
     """Content of an agent file, with the defaults of what is younger than the file."""
-    younger = {"chunk_size": 1, "layer_norm": True, "train_seconds": None, "peak_memory_mb": None}
+    unknown = dict.fromkeys(("training", "train_seconds", "peak_memory_mb"))
+    younger = {"chunk_size": 1, "layer_norm": True, **unknown}
     return {**younger, **torch.load(path, map_location="cpu", weights_only=True)}
 
 
@@ -199,7 +201,7 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
     parameters = sum(value.numel() for state in states for value in state.values())
     kept = (
         *("env", "task", "seed", "n_step", "num_updates", "num_transitions", "batch_size"),
-        *("train_seconds", "peak_memory_mb"),
+        *("training", "train_seconds", "peak_memory_mb"),
     )
     return {
         **{key: content[key] for key in kept},

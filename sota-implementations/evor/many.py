@@ -159,6 +159,7 @@ class Program:
             # It would be counted as trained by the updates of this run.
             raise ValueError("methods must be without 'bc' where policies are kept, not trained.")
         self.cfg, self.name, self.gamma, self.device = cfg, name, gamma, device
+        self.training_settings = training_settings(cfg, gamma)
         self.replays = {task: load_task(cfg, name, task, gamma) for task in cfg.tasks}
         self.settings = {
             method: [
@@ -334,6 +335,28 @@ class Program:
             loc, scale = model.loc[index].item(), model.scale[index].item()
             policy = policies[seeds.index(setting.seed)]
             yield setting, agents.Agent(policy, members, loc, scale)
+
+
+def training_settings(cfg: DictConfig, gamma: float) -> dict[str, object]:
+    """Values for :func:`results_io.training_text`."""
+    return {
+        "lr": float(cfg.lr),
+        "schedule": cfg.schedule,
+        "observation_spread": float(cfg.data.observation_spread),
+        "policy_hidden": "x".join(map(str, cfg.hidden_sizes)),
+        "policy_activation": cfg.activation,
+        "policy_steps": cfg.policy_steps,
+        "gamma": float(gamma),
+        "tau": float(cfg.tau),
+        "value_activation": cfg.activation,
+        "layer_norm": cfg.layer_norm,
+        "value_steps": cfg.value_steps,
+        "value_solver": cfg.value_solver,
+        "td_target": cfg.td_target,
+        "next_action": "dataset",
+        "num_critics": cfg.num_critics.qc,
+        "next_candidates": cfg.qc_candidates,
+    }
 
 
 def load_task(cfg: DictConfig, name: str, task: int, gamma: float) -> OGBenchExperienceReplay:

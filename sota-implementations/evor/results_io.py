@@ -44,6 +44,8 @@ class ResultRow:
         nodes (str, optional): how they are placed: ``stratified``, ``gauss_hermite``, ``random``.
         tau_r (float, optional): temperature of the reward-to-go average, reward units.
         tau_q (float, optional): temperature of the choice among candidates, reward units.
+        training (str, optional): what else the training depends on, ``name=value`` each, see
+            ``training_text``.
         length_mean (float, optional): mean number of steps of an episode.
         train_seconds (float, optional): wall-clock time of training.
         eval_seconds_per_decision (float, optional): time of the actor per decision and episode.
@@ -71,6 +73,7 @@ class ResultRow:
     nodes: str | None = None
     tau_r: float | None = None
     tau_q: float | None = None
+    training: str | None = None
     length_mean: float | None = None
     train_seconds: float | None = None
     eval_seconds_per_decision: float | None = None
@@ -110,7 +113,21 @@ SETTINGS = (
     "nodes",
     "tau_r",
     "tau_q",
+    "training",
 )
+# What the training of a method depends on, besides the columns of a row.
+_POLICY_TRAINING = (
+    *("lr", "schedule", "observation_spread"),
+    *("policy_hidden", "policy_activation", "policy_steps"),
+)
+_VALUE_TRAINING = ("gamma", "tau", "value_activation", "layer_norm")
+_OWN_TRAINING = {
+    "evor": ("value_steps", "value_solver", "td_target", "next_action"),
+    "scalar": ("next_action",),
+    "qc": ("num_critics", "next_candidates"),
+    "iql": ("expectile", "temperature"),
+    **dict.fromkeys(("hl_gauss", "categorical", "quantile"), ("next_action", "num_atoms")),
+}
 _TYPES = {"str": str, "int": int, "float": float}
 
 
@@ -135,6 +152,24 @@ def _check_field(name: str, kind: str, value: object) -> None:
         raise ValueError(f"{name} must be finite, got {value!r}.")
     elif value < 0 and name != "return_mean":
         raise ValueError(f"{name} must be at least 0, got {value!r}.")
+
+
+def training_text(method: str, settings: Mapping[str, object]) -> str:
+    """What the training of a method depends on, ``name=value`` each: rows of one text compare.
+
+    Args:
+        method (str): ``"evor"``, ``"bc"`` or another of ``baselines.METHODS``.
+        settings (mapping): at least the values of the names that concern the method.
+    """
+    names = _POLICY_TRAINING
+    if method != "bc":
+        names = (*names, *_VALUE_TRAINING, *_OWN_TRAINING[method])
+    values = {name: settings[name] for name in names}
+    texts = {
+        name: f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in values.items()
+    }
+    return " ".join(f"{name}={text}" for name, text in texts.items())
 
 
 def make_row(row: Mapping[str, object] | ResultRow) -> ResultRow:

@@ -465,6 +465,7 @@ def append_result(
         "train_seconds": run.seconds,
         "peak_memory_mb": run.peak_memory_mb,
         "parameters": sum(parameter.numel() for parameter in actor.parameters()),
+        "training": results_io.training_text(method, training_settings(cfg)),
         "command": " ".join(["python", *sys.argv]),
         **episode_columns(episodes),
     }
@@ -472,6 +473,33 @@ def append_result(
         settings = ("num_candidates", "num_samples", "nodes", "tau_r", "tau_q")
         row.update({name: cfg.actor[name] for name in settings})
     results_io.append_row(Path(cfg.results_dir) / cfg.env.name / f"{row['method']}.csv", row)
+
+
+def training_settings(cfg: DictConfig) -> dict[str, object]:
+    """Values for :func:`results_io.training_text` from a configuration of a single run."""
+    next_action = cfg.loss.next_action
+    if next_action == "improved":
+        options = ",".join(f"{name}:{value:g}" for name, value in cfg.loss.improved.items())
+        next_action = f"improved({options})"
+    settings = {
+        "lr": float(cfg.optim.lr),
+        "schedule": cfg.optim.schedule,
+        "observation_spread": float(cfg.data.observation_spread),
+        "policy_hidden": "x".join(map(str, cfg.policy.hidden_sizes)),
+        "policy_activation": cfg.policy.activation,
+        "policy_steps": cfg.policy.num_steps,
+        "gamma": float(cfg.loss.gamma),
+        "tau": float(cfg.loss.tau),
+        "value_activation": cfg.value.activation,
+        "layer_norm": cfg.value.layer_norm,
+        "value_steps": cfg.value.num_steps,
+        "value_solver": cfg.value.solver,
+        "td_target": cfg.loss.td_target,
+        "next_action": next_action,
+    }
+    baseline = dict(cfg.get("baseline", {}))
+    baseline["next_candidates"] = baseline.pop("num_candidates", None)
+    return {**settings, **baseline}
 
 
 def method_name(method: str, chunk_size: int, num_critics: int = 1) -> str:
