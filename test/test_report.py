@@ -197,6 +197,7 @@ class TestReport:
     def test_numbers(self, root):
         add_all(root, "evor", [[0.2, 1.0], [0.4, 1.0], [0.6, 1.0]])
         changes = {"train_seconds": 20.0, "parameters": None, "return_mean": -40.0}
+        changes["training"] = "lr=0.1"
         add_all(root, "bc", [[0.1, 0.0]] * 3, **changes)
         text = run(root)
         line = cells(text, "evor")
@@ -214,7 +215,10 @@ class TestReport:
         comparison = text[text.index("| evor against |") :]
         assert cells(comparison, "bc")[1].startswith("65.0 [")
         assert cells(comparison, "bc")[2:] == ["100.0 [100.0, 100.0]", "27.5 [27.5, 27.5]"]
-        assert "first of 6 runs: `python evor.py seed=0`" in text
+        shared = "protocol small, num_updates 1000, num_transitions 99, hidden 8x8, batch_size 4"
+        assert f"- All: {shared}, device cpu, episodes 10, tau_r inf, tau_q 0.0\n" in text
+        command = "first of 6 runs: `python evor.py seed=0`"
+        assert f"- bc: lr 0.1; {command}\n- evor: lr 0.001, gamma 0.99; {command}" in text
 
     def test_published_numbers_stand_apart(self, root):
         add_all(root, "qc-5", [[0.5], [0.5]])

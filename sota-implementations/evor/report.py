@@ -277,15 +277,30 @@ def comparison_tables(
 
 
 def settings_list(methods: list[Method]) -> str:
-    """What each method's rows were made with, and a command that repeats one of them."""
-    lines = []
-    for method in methods:
-        first = method.rows[0]
-        values = {name: getattr(first, name) for name in SETTINGS}
-        setting = ", ".join(f"{name} {v}" for name, v in values.items() if v is not None)
-        command = f"; first of {len(method.rows)} runs: `{first.command}`" if first.command else ""
-        lines.append(f"- {method.name}: {setting}{command}")
+    """What rows were made with: what all share, then each method's own and one of its commands."""
+    settings = [settings_of(method.rows[0]) for method in methods]
+    shared = set.intersection(*(set(each.items()) for each in settings))
+    common = {name: value for name, value in settings[0].items() if (name, value) in shared}
+    lines = [f"- All: {show_settings(common)}"]
+    for method, each in zip(methods, settings):
+        own = {name: value for name, value in each.items() if name not in common}
+        command = method.rows[0].command
+        command = f"first of {len(method.rows)} runs: `{command}`" if command else ""
+        lines.append(f"- {method.name}: " + "; ".join(filter(None, (show_settings(own), command))))
     return "\n".join(lines)
+
+
+def settings_of(row: ResultRow) -> dict[str, str]:
+    """The settings of a row, those of its training by their own names."""
+    values = {name: getattr(row, name) for name in SETTINGS}
+    training = values.pop("training") or ""
+    texts = {name: str(value) for name, value in values.items() if value is not None}
+    return {**texts, **dict(part.split("=", 1) for part in training.split())}
+
+
+def show_settings(settings: dict[str, str]) -> str:
+    """One line."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def environment_section(
