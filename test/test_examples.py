@@ -19,9 +19,11 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record import CSVLogger
 
-from torchrl_evor import EVORActor
+from torchrl_evor import EVORActor, OGBenchEnv
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+_has_ogbench = importlib.util.find_spec("ogbench") is not None
 CHAIN = Chain()
 UNITS = (-3.0, 1.5), (torch.full((CHAIN.length,), 0.25), torch.full((CHAIN.length,), 0.43))
 
@@ -52,6 +54,21 @@ def test_hand_written_loop(data):
     """The data go right in 70 % of their steps."""
     actor = load("hand_written_loop").train(data, 100, CHAIN.gamma, *UNITS, (64, 64))
     assert share_of_steps_to_the_right(actor) > 0.9
+
+
+@pytest.mark.skipif(not _has_ogbench, reason="ogbench not found")
+def test_readme(tmp_path, monkeypatch):
+    """The loop of the README as it stands there, with less data and fewer updates."""
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    for many, few in (("1_000_000", "4000"), ("range(12_000)", "range(2)")):
+        assert code.count(many) == 1
+        code = code.replace(many, few)
+    monkeypatch.setenv("HOME", str(tmp_path))  # data are collected into a cache of its own
+    names = {}
+    exec(code, names)
+    assert names["losses"]["loss_value"].isfinite()
+    env = OGBenchEnv(names["name"])
+    assert env.rollout(3, names["actor"])["action"].shape == (3, 2)
 
 
 def test_with_trainer(data, tmp_path):
