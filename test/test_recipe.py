@@ -367,7 +367,7 @@ def test_text_of_a_training():
         "bc": policy,
         "scalar": f"{value} next_action=dataset",
         "qc": f"{value} num_critics=2 next_candidates=32",
-        "evor": f"{value} {flow} next_action=dataset",
+        "evor": f"{value} {flow} next_action=dataset bound_returns=False",
     }
     for settings in (first, second):
         made = {method: results_io.training_text(method, settings) for method in expected}
@@ -375,7 +375,8 @@ def test_text_of_a_training():
     text = results_io.training_text("iql", second)
     assert text == f"{value} expectile=0.9 temperature=10"
     text = results_io.training_text("evor", utils.training_settings(improved))
-    assert text.endswith("next_action=improved(num_candidates:4,num_samples:4,tau_r:inf,tau_q:1)")
+    improved = "improved(num_candidates:4,num_samples:4,tau_r:inf,tau_q:1)"
+    assert text.endswith(f" next_action={improved} bound_returns=False")
 
 
 def test_spread_of_the_observations():

@@ -40,7 +40,8 @@ METHODS = ("evor", "bc", "qc", "scalar", "hl_gauss", "categorical", "quantile", 
 
 @dataclass
 class Sizes:
-    """What all methods share. Returns are ``loc + scale * z``; supports are in z units.
+    """What all methods share. Returns are ``loc + scale * z``; supports are in z units, and
+    ``return_bounds``, of EVOR, in reward units.
 
     ``observation_statistics`` are mean and deviation by which networks start standardised.
     """
@@ -59,6 +60,7 @@ class Sizes:
     num_flows: int = 1
     loc: float = 0.0
     scale: float = 1.0
+    return_bounds: tuple[float, float] | None = None
     support: tuple[float, float] = (-5.0, 5.0)
     num_atoms: int = 51
 
@@ -169,6 +171,7 @@ def make_baseline(
     if method == "evor":
         returns = sizes.returns()
         options = {"td_target": td_target, "next_action": next_action}
+        options["return_bounds"] = sizes.return_bounds
         loss = EVORLoss(policy, returns, **options, **(improved or {}))
     elif method == "qc":
         returns = sizes.ensemble(num_critics)

@@ -27,7 +27,7 @@ def main(cfg: DictConfig) -> None:
 
     data = utils.make_data(cfg)
     policy, returns = utils.make_networks(cfg, data, device)
-    loss, updater, optimizer = utils.make_loss(cfg, policy, returns)
+    loss, updater, optimizer = utils.make_loss(cfg, policy, returns, utils.return_bounds(cfg, data))
     actor = utils.make_actor(cfg, policy, returns)
 
     run = utils.train(cfg, output, data, loss, updater, optimizer, actor)

@@ -252,6 +252,7 @@ class Program:
                 returns,
                 td_target=self.cfg.td_target,
                 next_action="dataset",
+                return_bounds=self._return_bounds() if self.cfg.bound_returns else None,
                 reduction="none",
             )
             return loss.make_value_estimator(gamma=self.gamma)
@@ -268,6 +269,12 @@ class Program:
                 reduction="none",
             )
         return loss.make_value_estimator(gamma=self.gamma)
+
+    def _return_bounds(self) -> tuple[float, float]:
+        """Those of all tasks together, which share one loss."""
+        bounds = [replay.return_bounds(self.gamma) for replay in self.replays.values()]
+        lows, highs = zip(*bounds)
+        return min(lows), max(highs)
 
     def _compute_terms(self, row: Tensor) -> list[Tensor]:
         """Losses of base policies and value networks, means over the batch."""
@@ -354,6 +361,7 @@ def training_settings(cfg: DictConfig, gamma: float) -> dict[str, object]:
         "value_solver": cfg.value_solver,
         "td_target": cfg.td_target,
         "next_action": "dataset",
+        "bound_returns": cfg.bound_returns,
         "num_critics": cfg.num_critics.qc,
         "next_candidates": cfg.qc_candidates,
     }

@@ -122,7 +122,7 @@ _POLICY_TRAINING = (
 )
 _VALUE_TRAINING = ("gamma", "tau", "value_activation", "layer_norm")
 _OWN_TRAINING = {
-    "evor": ("value_steps", "value_solver", "td_target", "next_action"),
+    "evor": ("value_steps", "value_solver", "td_target", "next_action", "bound_returns"),
     "scalar": ("next_action",),
     "qc": ("num_critics", "next_candidates"),
     "iql": ("expectile", "temperature"),

@@ -233,9 +233,20 @@ def build_networks(cfg: DictConfig, observation_dim: int, action_dim: int):
     return policy, ReturnFlow(networks, cfg.value.num_steps, solver=cfg.value.solver)
 
 
-def make_loss(cfg: DictConfig, policy: FlowMatchingPolicy, returns: ReturnFlow):
+def return_bounds(cfg: DictConfig, data: OGBenchExperienceReplay) -> tuple[float, float] | None:
+    """Returns that targets are confined to, ``None``: all."""
+    return data.return_bounds(cfg.loss.gamma) if cfg.loss.bound_returns else None
+
+
+def make_loss(
+    cfg: DictConfig,
+    policy: FlowMatchingPolicy,
+    returns: ReturnFlow,
+    return_bounds: tuple[float, float] | None = None,
+):
     """The loss, the Polyak average of its target network and the optimiser."""
     options = {"td_target": cfg.loss.td_target, "next_action": cfg.loss.next_action}
+    options["return_bounds"] = return_bounds
     loss = EVORLoss(policy, returns, **options, **cfg.loss.improved)
     loss.make_value_estimator(gamma=cfg.loss.gamma)
     optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.optim.lr, fused=True)
@@ -496,6 +507,7 @@ def training_settings(cfg: DictConfig) -> dict[str, object]:
         "value_solver": cfg.value.solver,
         "td_target": cfg.loss.td_target,
         "next_action": next_action,
+        "bound_returns": cfg.loss.bound_returns,
     }
     baseline = dict(cfg.get("baseline", {}))
     baseline["next_candidates"] = baseline.pop("num_candidates", None)

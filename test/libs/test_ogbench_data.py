@@ -458,6 +458,18 @@ class TestReplay:
             data.transitions["next", "reward"].mean().item(), abs=1e-6
         )
 
+    def test_return_bounds(self, make):
+        """Rewards are -1, and 0 at the goal, where a return is over."""
+        data = make(gamma=0.9)
+        assert set(data.transitions["next", "reward"].unique().tolist()) == {-1.0, 0.0}
+        assert data.return_bounds() == pytest.approx((-10.0, 0.0))
+        assert data.return_bounds(gamma=0.0) == (-1.0, 0.0)
+        low, high = data.return_bounds()
+        returns = data.empirical_returns()
+        assert low <= returns.min() and returns.max() <= high
+        with pytest.raises(ValueError, match="gamma must be at least 0 and below 1, got 1.0"):
+            data.return_bounds(gamma=1.0)
+
     @pytest.mark.parametrize(
         "change, error, message",
         [

@@ -17,6 +17,7 @@ from torchrl_evor.modules.functional import (
     check_positive,
     check_solver,
     check_temperature,
+    confine_velocity,
     gauss_hermite_normal,
     integrate,
     interpolate,
@@ -254,6 +255,41 @@ class TestTargets:
         args = torch.rand(5, *batch, 1)
         point, target = TD_TARGETS[name](*args, lambda z, t: z * t)
         assert point.shape == target.shape == (*batch, 1)
+
+
+class TestConfineVelocity:
+    def test_hand_computed(self):
+        """Half-way from 0.5, ends at 5, at -4 and at 0.55 become 1, -1 and 0.55."""
+        half = column(0.5, 0.5, 0.5)
+        confined = confine_velocity(column(9.0, -9.0, 0.1), half, half, -1.0, 1.0)
+        torch.testing.assert_close(confined, column(1.0, -3.0, 0.1))
+
+    def test_exact_field_is_left_alone(self):
+        """Of two prizes, -1 and 1: the posterior mean is a hyperbolic tangent."""
+        point = 3 * torch.randn(1000, 1, dtype=torch.float64)
+        time = 0.99 * torch.rand(1000, 1, dtype=torch.float64)
+        field = ((time * point / (1 - time).square()).tanh() - point) / (1 - time)
+        torch.testing.assert_close(confine_velocity(field, point, time, -1.0, 1.0), field)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_any_field_ends_between_the_bounds(self, dtype):
+        def field(z, t):
+            return confine_velocity(50 * z, z, t, -1.0, 2.0)
+
+        end = integrate(field, torch.linspace(-5, 5, 101, dtype=dtype).unsqueeze(-1), 10)
+        assert end.min().item() == pytest.approx(-1) and end.max().item() == pytest.approx(2)
+
+    def test_bounds_of_rows(self):
+        low, high = column(0.0, -1.0), column(0.5, 7.0)
+        confined = confine_velocity(column(3.0, 3.0), column(0.0, 0.0), column(0.0, 0.0), low, high)
+        torch.testing.assert_close(confined, column(0.5, 3.0))
+
+    def test_limits(self):
+        point, velocity = column(-2.0, 0.0, 2.0), column(5.0, 6.0, 7.0)
+        time = column(0.0, 0.5, 1.0)
+        assert torch.equal(confine_velocity(velocity, point, time, -INF, INF), velocity)
+        ends = column(0.0, 1.0, 0.5)  # at its end, on a bound and between them
+        assert confine_velocity(velocity, ends, torch.ones_like(ends), 0.0, 1.0).isfinite().all()
 
 
 class TestLaws:

@@ -442,6 +442,68 @@ class TestEnsemble:
         assert (seeded_call(first, batch.clone()) == seeded_call(second, batch.clone())).all()
 
 
+class TestReturnBounds:
+    """What is known of returns keeps a network that extrapolates out of its own targets."""
+
+    low, high = -10.0, 0.0
+
+    @staticmethod
+    def runaway(num_networks=1, **kwargs):
+        """Flows that carry any noise away, ``dz/dt = 50 z``."""
+        networks = [nn.Linear(OBS + ACT + 2, 1) for _ in range(num_networks)]
+        for network in networks:
+            nn.init.zeros_(network.bias)
+            with torch.no_grad():
+                network.weight.zero_()[0, -2] = 50.0
+        returns = ReturnFlow(networks, num_steps=4, solver="midpoint", loc=-2.0, scale=3.0)
+        loss = EVORLoss(make_networks()[0], returns, next_action="dataset", **kwargs)
+        return loss.make_value_estimator(gamma=0.9)
+
+    def excess(self, loss, batch):
+        """How far the ends of the regression's paths lie beyond what is possible, in rewards."""
+        point, time, target = loss.compute_target(batch)
+        end = loss.value_network.denormalize(point + (1 - time) * target)
+        reward = batch["next", "reward"]
+        discount = 0.9 * ~batch["next", "terminated"]
+        low, high = reward + discount * self.low, reward + discount * self.high
+        return torch.maximum(low - end, end - high).max().item()
+
+    @pytest.mark.parametrize("td_target", ["bellman", "sample"])
+    @pytest.mark.parametrize("num_networks", [1, 2])
+    def test_targets_lie_between(self, td_target, num_networks):
+        batch = make_batch(500)
+        options = {"num_networks": num_networks, "td_target": td_target}
+        assert self.excess(self.runaway(**options), batch) > 1000
+        bounded = self.runaway(**options, return_bounds=(self.low, self.high))
+        assert self.excess(bounded, batch) < 1e-3
+
+    @pytest.mark.parametrize("td_target", TD_TARGETS)
+    def test_points_stay_near(self, td_target):
+        """Where the next regression is fitted: between noises and returns, in z units."""
+        batch = make_batch(500)
+        bounded = self.runaway(td_target=td_target, return_bounds=(self.low, self.high))
+        assert bounded.compute_target(batch)[0].abs().max() < 10
+        assert self.runaway(td_target=td_target).compute_target(batch)[0].abs().max() > 1000
+
+    def test_without_effect(self):
+        batch = make_batch(8)
+        loss = make_loss(return_bounds=(-float("inf"), float("inf")))
+        free = make_loss()
+        free.load_state_dict(loss.state_dict())
+        assert (seeded_call(loss, batch) == seeded_call(free, batch)).all()
+
+    def test_units_of_each_model_of_a_stack(self):
+        stack = StackedVelocityMLP(4, OBS + ACT + 2, hidden_sizes=(8,))
+        returns = ReturnFlow(stack, num_steps=3, loc=torch.arange(4.0), scale=torch.ones(4))
+        bounds = {"return_bounds": (-0.01, 0.01)}
+        loss = EVORLoss(make_networks()[0], returns, next_action="dataset", **bounds)
+        loss.make_value_estimator(gamma=0.9)
+        batch = make_batch(4, 50)
+        point, time, target = loss.compute_target(batch)
+        end = loss.value_network.denormalize(point + (1 - time) * target)
+        assert (end - batch["next", "reward"]).abs().max() < 0.01
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         "kwargs,name",
@@ -453,6 +515,10 @@ class TestBadInput:
             ({"num_samples": -1}, "num_samples must be an integer of at least 1, got -1"),
             ({"tau_r": -1.0}, "tau_r must be a temperature"),
             ({"tau_q": float("nan")}, "tau_q must be a temperature"),
+            ({"return_bounds": (0.0, -1.0)}, r"return_bounds must be .* got \(0.0, -1.0\)"),
+            ({"return_bounds": (-1.0,)}, "return_bounds must be None or two increasing numbers"),
+            ({"return_bounds": (float("nan"), 0.0)}, "return_bounds must be None or two"),
+            ({"return_bounds": "ab"}, "return_bounds must be None or two increasing numbers"),
         ],
     )
     def test_options(self, kwargs, name):

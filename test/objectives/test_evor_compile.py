@@ -103,8 +103,9 @@ class TestCompile:
         for key, value in expected[1].items():
             torch.testing.assert_close(result[1][key], value, **tolerance)
 
-    def test_traces_without_a_break(self, draws):
-        self.check(torch.float64, "aot_eager", weights=False)
+    @pytest.mark.parametrize("return_bounds", [None, (-1.0, 0.5)])
+    def test_traces_without_a_break(self, draws, return_bounds):
+        self.check(torch.float64, "aot_eager", weights=False, return_bounds=return_bounds)
 
     @pytest.mark.parametrize(
         "td_target,next_action,dtype",

@@ -22,6 +22,7 @@ from torch import Tensor
 __all__ = [
     "TD_TARGETS",
     "bellman_target",
+    "confine_velocity",
     "coupled_target",
     "gauss_hermite_normal",
     "integrate",
@@ -206,6 +207,20 @@ def check_temperature(name: str, value: float) -> float:
     return value
 
 
+def check_bounds(name: str, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Returns ``bounds`` as a tuple if they are two numbers in increasing order, or ``None``.
+
+    Raises:
+        ValueError: naming ``name``, if they are not.
+    """
+    if bounds is None:
+        return None
+    numbers = [x for x in bounds if isinstance(x, (int, float)) and not isinstance(x, bool)]
+    if len(numbers) != len(bounds) or len(bounds) != 2 or not bounds[0] < bounds[1]:
+        raise ValueError(f"{name} must be None or two increasing numbers, got {bounds!r}.")
+    return tuple(bounds)
+
+
 def check_positive(name: str, value: int) -> int:
     """Returns ``value`` if it is an integer of at least 1.
 
@@ -356,6 +371,37 @@ def coupled_target(
     next_point = interpolate(noise, next_return, time)
     target = reward + discount * next_velocity(next_point, time) - (1 - discount) * noise
     return point, target
+
+
+def confine_velocity(
+    velocity: Tensor, point: Tensor, time: Tensor, low: float | Tensor, high: float | Tensor
+) -> Tensor:
+    r"""The nearest velocity that leads to an end between two bounds.
+
+    A straight path from :math:`z_t` with velocity :math:`v` ends at
+    :math:`z_t + (1 - t) v`, which for the exact field is the posterior mean
+    :math:`E[Z|Z_t]`. It lies within any bounds of :math:`Z`, so that the exact
+    field is left as it is; what a network extrapolates beyond them is cut off.
+
+    Args:
+        velocity (Tensor): ``[*B, 1]``.
+        point (Tensor): point on the path, ``[*B, 1]``.
+        time (Tensor): flow time in ``[0, 1]``, ``[*B, 1]``.
+        low (float or Tensor): least end, ``-inf`` for none; broadcasts.
+        high (float or Tensor): greatest end, ``inf`` for none; broadcasts.
+
+    Returns:
+        Tensor: ``[*B, 1]``.
+
+    Examples:
+        >>> import torch
+        >>> half, velocity = torch.full((1,), 0.5), torch.full((1,), 9.0)
+        >>> confine_velocity(velocity, half, half, -1.0, 1.0)  # ends at 1 instead of 5
+        tensor([1.])
+    """
+    # At time 1 a path is at its end, and any velocity will do that is no NaN.
+    left = (1 - time).clamp_min(torch.finfo(time.dtype).tiny)
+    return torch.minimum(torch.maximum(velocity, (low - point) / left), (high - point) / left)
 
 
 def bellman_target(

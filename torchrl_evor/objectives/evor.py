@@ -14,9 +14,12 @@ from torch import Tensor
 
 from torchrl_evor.modules.functional import (
     TD_TARGETS,
+    check_bounds,
     check_choice,
     check_positive,
     check_temperature,
+    confine_velocity,
+    integrate,
 )
 from torchrl_evor.modules.models.return_flow import ReturnFlow
 from torchrl_evor.modules.tensordict_module.actors import FlowMatchingPolicy
@@ -63,6 +66,11 @@ class EVORLoss(FlowPolicyLoss):
             a network pass; ``"improved"`` chooses among candidates of the base
             policy by the target network's :math:`Q^*`, which turns policy
             evaluation into policy iteration. Defaults to ``"policy"``.
+        return_bounds (tuple of float, optional): least and greatest return that is
+            possible, in reward units. What the target network says of the next return is
+            confined to them, so that bootstrapping cannot run away; see
+            :func:`~torchrl_evor.modules.functional.confine_velocity`. Defaults to
+            ``None``, no bounds.
         delay_value (bool, optional): keep a target value network, to be
             updated by :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``True``.
         reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"``.
@@ -94,8 +102,8 @@ class EVORLoss(FlowPolicyLoss):
         sharded parameters do not reach functional losses.
 
     Raises:
-        ValueError: if an option is unknown, a count below 1 or a temperature
-            negative.
+        ValueError: if an option is unknown, a count below 1, a temperature
+            negative or bounds are not in order.
         TypeError: if a network has no velocity field.
 
     Examples:
@@ -141,6 +149,7 @@ class EVORLoss(FlowPolicyLoss):
         *,
         td_target: Literal["bellman", "sample", "coupled", "velocity"] = "bellman",
         next_action: Literal["policy", "dataset", "improved"] = "policy",
+        return_bounds: tuple[float, float] | None = None,
         delay_value: bool = True,
         reduction: Literal["none", "mean", "sum"] | None = None,
         num_candidates: int = 4,
@@ -158,6 +167,7 @@ class EVORLoss(FlowPolicyLoss):
         if not isinstance(value_network, ReturnFlow):
             raise TypeError(f"value_network must be a ReturnFlow, got {value_network!r}.")
         self.td_target = check_choice("td_target", td_target, TD_TARGETS)
+        self.return_bounds = check_bounds("return_bounds", return_bounds)
         self.num_candidates = check_positive("num_candidates", num_candidates)
         self.num_samples = check_positive("num_samples", num_samples)
         self.tau_r = check_temperature("tau_r", tau_r)
@@ -212,20 +222,29 @@ class EVORLoss(FlowPolicyLoss):
         """
         reward, discount = self._backup(tensordict)
         with self._swap("value_network"):
+            bounds = [
+                self.value_network.normalize(torch.full_like(reward, bound))
+                for bound in self.return_bounds or ()
+            ]
             reward = self.value_network.normalize_reward(reward, discount)
         observation = tensordict[unravel_key(("next", self._value_observation))]
         action = self._next_action(tensordict)
         rows = self.value_network.expand_members(reward)
         noise, next_noise = torch.randn_like(rows), torch.randn_like(rows)
         time = torch.rand_like(rows)
+        model = self.value_network
+
+        def next_velocity(z: Tensor, t: Tensor) -> Tensor:
+            velocity = model.velocity(observation, action, z, t)
+            return confine_velocity(velocity, z, t, *bounds) if bounds else velocity
+
         with self._swap("value_network", target=True):
+            next_return = integrate(next_velocity, next_noise, model.num_steps, model.solver)
+            if bounds:
+                # A point beyond them near time 1 would ask for any speed back.
+                next_return = next_return.clamp(*bounds)
             point, target = TD_TARGETS[self.td_target](
-                noise,
-                time,
-                reward,
-                discount,
-                self.value_network.integrate(observation, action, next_noise),
-                lambda z, t: self.value_network.velocity(observation, action, z, t),
+                noise, time, reward, discount, next_return, next_velocity
             )
         return point, time, target
 

@@ -313,6 +313,26 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         loc, scale = returns.mean().item(), returns.std(correction=0).item()
         return loc, scale if scale > 1e-6 * max(1.0, abs(loc)) else 1.0
 
+    def return_bounds(self, gamma: float | None = None) -> tuple[float, float]:
+        """Least and greatest return of rewards like the data's, for :class:`EVORLoss`.
+
+        Args:
+            gamma (float, optional): the discount per step, below 1; the data set's by default.
+
+        Returns:
+            tuple: in reward units; a single reward, or the same one for ever, whichever is further
+            out.
+
+        Raises:
+            ValueError: if ``gamma`` is not between 0 and 1, where sums have no bound.
+        """
+        gamma = self.gamma if gamma is None else gamma
+        if not 0 <= gamma < 1:
+            raise ValueError(f"gamma must be at least 0 and below 1, got {gamma!r}.")
+        reward = self.transitions["next", "reward"]
+        low, high = reward.min().item(), reward.max().item()
+        return min(low, low / (1 - gamma)), max(high, high / (1 - gamma))
+
     def observation_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the observations, for ``VelocityMLP.standardize_inputs_``.
 

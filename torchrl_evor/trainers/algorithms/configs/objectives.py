@@ -34,6 +34,7 @@ class EVORLossConfig(LossConfig):
     value_network: Any = MISSING
     td_target: str = "bellman"
     next_action: str = "policy"
+    return_bounds: Any = None
     delay_value: bool = True
     reduction: str | None = None
     num_candidates: int = 4
