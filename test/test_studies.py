@@ -31,6 +31,7 @@ if _has_extras:
     import agents
     import architecture_study
     import inference_study
+    import many
     import noise_study
     import results_io
     import stitch_study
@@ -59,7 +60,7 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
     agent = agents.Agent(
         VelocityMLP(observation_dim + 2 + 1, 2, hidden_sizes=(8,)), members, -100.0, 10.0
     )
-    setting = many_setting()
+    setting = many.Setting(seed=0, task=1, n_step=5)
     cfg = SimpleNamespace(
         chunk_size=1,
         hidden_sizes=[8],
@@ -71,14 +72,14 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
         data=SimpleNamespace(batch_size=4),
     )
     windows = {method: SimpleNamespace(observation=torch.zeros(7, observation_dim))}
-    program = SimpleNamespace(num_updates=3, windows=windows, cfg=cfg, device=torch.device("cpu"))
+    program = SimpleNamespace(
+        num_updates=3,
+        windows=windows,
+        cfg=cfg,
+        training_settings=many.training_settings(config("many"), gamma=0.9),
+        device=torch.device("cpu"),
+    )
     return agents.save(folder, TASK["env"], method, setting, agent, program, train_seconds=60.0)
-
-
-def many_setting():
-    from many import Setting
-
-    return Setting(seed=0, task=1, n_step=5)
 
 
 def row(value, success, episodes=10, seed=0, **other):
