@@ -272,7 +272,9 @@ class Program:
 
     def _return_bounds(self) -> tuple[float, float]:
         """Those of all tasks together, which share one loss."""
-        bounds = [replay.return_bounds(self.gamma) for replay in self.replays.values()]
+        bounds = [
+            replay.return_bounds(self.gamma, utils.RETURN_SLACK) for replay in self.replays.values()
+        ]
         lows, highs = zip(*bounds)
         return min(lows), max(highs)
 

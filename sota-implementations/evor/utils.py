@@ -46,6 +46,9 @@ IDENTITY = (
     *("env", "chunk_size", "data", "policy", "value", "loss", "optim", "seed"),
     *("method", "baseline"),
 )
+# Share of the range of returns by which their bounds are moved out: a guard against targets that
+# run away, not an estimator (docs/decisions.md, 24).
+RETURN_SLACK = 0.5
 COUNTS = (
     "value.num_flows",
     "chunk_size",
@@ -235,7 +238,7 @@ def build_networks(cfg: DictConfig, observation_dim: int, action_dim: int):
 
 def return_bounds(cfg: DictConfig, data: OGBenchExperienceReplay) -> tuple[float, float] | None:
     """Returns that targets are confined to, ``None``: all."""
-    return data.return_bounds(cfg.loss.gamma) if cfg.loss.bound_returns else None
+    return data.return_bounds(cfg.loss.gamma, RETURN_SLACK) if cfg.loss.bound_returns else None
 
 
 def make_loss(

@@ -464,11 +464,14 @@ class TestReplay:
         assert set(data.transitions["next", "reward"].unique().tolist()) == {-1.0, 0.0}
         assert data.return_bounds() == pytest.approx((-10.0, 0.0))
         assert data.return_bounds(gamma=0.0) == (-1.0, 0.0)
+        assert data.return_bounds(slack=0.5) == pytest.approx((-15.0, 5.0))
         low, high = data.return_bounds()
         returns = data.empirical_returns()
         assert low <= returns.min() and returns.max() <= high
         with pytest.raises(ValueError, match="gamma must be at least 0 and below 1, got 1.0"):
             data.return_bounds(gamma=1.0)
+        with pytest.raises(ValueError, match="slack must be at least 0, got -1"):
+            data.return_bounds(slack=-1)
 
     @pytest.mark.parametrize(
         "change, error, message",

@@ -313,25 +313,33 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         loc, scale = returns.mean().item(), returns.std(correction=0).item()
         return loc, scale if scale > 1e-6 * max(1.0, abs(loc)) else 1.0
 
-    def return_bounds(self, gamma: float | None = None) -> tuple[float, float]:
+    def return_bounds(self, gamma: float | None = None, slack: float = 0.0) -> tuple[float, float]:
         """Least and greatest return of rewards like the data's, for :class:`EVORLoss`.
 
         Args:
             gamma (float, optional): the discount per step, below 1; the data set's by default.
+            slack (float, optional): share of their distance by which either is moved out.
+                Without it, errors of a network are cut off on one side only where returns lie
+                at a bound, which is a bias. Defaults to 0.
 
         Returns:
             tuple: in reward units; a single reward, or the same one for ever, whichever is further
             out.
 
         Raises:
-            ValueError: if ``gamma`` is not between 0 and 1, where sums have no bound.
+            ValueError: if ``gamma`` is not between 0 and 1, where sums have no bound, or
+                ``slack`` is negative.
         """
         gamma = self.gamma if gamma is None else gamma
         if not 0 <= gamma < 1:
             raise ValueError(f"gamma must be at least 0 and below 1, got {gamma!r}.")
+        if not slack >= 0:
+            raise ValueError(f"slack must be at least 0, got {slack!r}.")
         reward = self.transitions["next", "reward"]
         low, high = reward.min().item(), reward.max().item()
-        return min(low, low / (1 - gamma)), max(high, high / (1 - gamma))
+        low, high = min(low, low / (1 - gamma)), max(high, high / (1 - gamma))
+        room = slack * (high - low)
+        return low - room, high + room
 
     def observation_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the observations, for ``VelocityMLP.standardize_inputs_``.
