@@ -518,6 +518,7 @@ class TestBadInput:
             ({"return_bounds": (0.0, -1.0)}, r"return_bounds must be .* got \(0.0, -1.0\)"),
             ({"return_bounds": (-1.0,)}, "return_bounds must be None or two increasing numbers"),
             ({"return_bounds": (float("nan"), 0.0)}, "return_bounds must be None or two"),
+            ({"return_bounds": 5.0}, "return_bounds must be None or two increasing numbers"),
             ({"return_bounds": "ab"}, "return_bounds must be None or two increasing numbers"),
         ],
     )

@@ -215,10 +215,13 @@ def check_bounds(name: str, bounds: tuple[float, float] | None) -> tuple[float, 
     """
     if bounds is None:
         return None
-    numbers = [x for x in bounds if isinstance(x, (int, float)) and not isinstance(x, bool)]
-    if len(numbers) != len(bounds) or len(bounds) != 2 or not bounds[0] < bounds[1]:
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not low < high:
         raise ValueError(f"{name} must be None or two increasing numbers, got {bounds!r}.")
-    return tuple(bounds)
+    return low, high
 
 
 def check_positive(name: str, value: int) -> int:

@@ -69,7 +69,8 @@ class EVORLoss(FlowPolicyLoss):
         return_bounds (tuple of float, optional): least and greatest return that is
             possible, in reward units. What the target network says of the next return is
             confined to them, so that bootstrapping cannot run away; see
-            :func:`~torchrl_evor.modules.functional.confine_velocity`. Defaults to
+            :func:`~torchrl_evor.modules.functional.confine_velocity`. Better with room
+            around them: where returns lie at a bound, a tight one is a bias. Defaults to
             ``None``, no bounds.
         delay_value (bool, optional): keep a target value network, to be
             updated by :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``True``.
