@@ -137,6 +137,7 @@ def test_chunks_of_actions_and_an_ensemble(root):
         *SMALL,
         "chunk_size=3",
         "value.num_flows=2",
+        "loss.bound_returns=true",
         "data.n_step=2",
         "optim.num_updates=2",
         "results_dir=results",
@@ -149,6 +150,7 @@ def test_chunks_of_actions_and_an_ensemble(root):
     (row,) = studies.read(path)
     assert path.stem == row["method"] == "evor-3-x2"
     assert row["training"].startswith("lr=0.0005 schedule=")
+    assert row["training"].endswith(" bound_returns=True")
     trained = studies.load(output)
     assert (trained.method, trained.chunk_size) == ("evor-3-x2", 3)
     assert len(trained.returns.members) == 2
@@ -377,6 +379,23 @@ def test_text_of_a_training():
     text = results_io.training_text("evor", utils.training_settings(improved))
     improved = "improved(num_candidates:4,num_samples:4,tau_r:inf,tau_q:1)"
     assert text.endswith(f" next_action={improved} bound_returns=False")
+
+
+def test_bounds_of_returns():
+    """Half the range of what is possible further out on either side, if they are asked for."""
+    import utils
+    from hydra import compose, initialize_config_dir
+
+    data = SimpleNamespace(return_bounds=lambda gamma, slack: (gamma, slack))
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        free, bound = (
+            compose("config", overrides=["loss.gamma=0.9", *overrides])
+            for overrides in ([], ["loss.bound_returns=true"])
+        )
+    assert utils.return_bounds(free, data) is None
+    assert utils.return_bounds(bound, data) == (0.9, 0.5)
+    loss, _, _ = utils.make_loss(bound, *utils.build_networks(bound, 2, 2), (-15.0, 5.0))
+    assert loss.return_bounds == (-15.0, 5.0)
 
 
 def test_spread_of_the_observations():
@@ -735,6 +754,7 @@ def test_many_in_chunks(root):
         "tasks=[1]",
         "n_steps=[2]",
         "methods=[evor,scalar,qc,bc]",
+        "bound_returns=true",
         "qc_candidates=2",
         f"results_dir={output / 'results'}",
         f"hydra.run.dir={output}",
