@@ -182,7 +182,7 @@ class TestReading:
         with pytest.raises(ValueError, match=r"evor.csv, line 3: .*half"):
             results_io.read_rows(root)
         path.write_text("\n".join([*lines[:2], "a,b"]))
-        with pytest.raises(ValueError, match=f"line 3: expected {len(results_io.COLUMNS)} values"):
+        with pytest.raises(ValueError, match="line 3: expected 26 values"):
             results_io.read_rows(root)
 
     def test_duplicates(self, root):

@@ -171,8 +171,8 @@ def make_baseline(
     if method == "evor":
         returns = sizes.returns()
         options = {"td_target": td_target, "next_action": next_action}
-        options["return_bounds"] = sizes.return_bounds
-        loss = EVORLoss(policy, returns, **options, **(improved or {}))
+        options.update(improved or {})
+        loss = EVORLoss(policy, returns, return_bounds=sizes.return_bounds, **options)
     elif method == "qc":
         returns = sizes.ensemble(num_critics)
         loss = QCLoss(policy, returns, num_candidates=num_candidates)

@@ -349,14 +349,14 @@ class Program:
 def training_settings(cfg: DictConfig, gamma: float) -> dict[str, object]:
     """Values for :func:`results_io.training_text`."""
     return {
-        "lr": float(cfg.lr),
+        "lr": cfg.lr,
         "schedule": cfg.schedule,
-        "observation_spread": float(cfg.data.observation_spread),
+        "observation_spread": cfg.data.observation_spread,
         "policy_hidden": "x".join(map(str, cfg.hidden_sizes)),
         "policy_activation": cfg.activation,
         "policy_steps": cfg.policy_steps,
-        "gamma": float(gamma),
-        "tau": float(cfg.tau),
+        "gamma": gamma,
+        "tau": cfg.tau,
         "value_activation": cfg.activation,
         "layer_norm": cfg.layer_norm,
         "value_steps": cfg.value_steps,

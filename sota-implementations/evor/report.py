@@ -279,8 +279,11 @@ def comparison_tables(
 def settings_list(methods: list[Method]) -> str:
     """What rows were made with: what all share, then each method's own and one of its commands."""
     settings = [settings_of(method.rows[0]) for method in methods]
-    shared = set.intersection(*(set(each.items()) for each in settings))
-    common = {name: value for name, value in settings[0].items() if (name, value) in shared}
+    common = {
+        name: value
+        for name, value in settings[0].items()
+        if all(each.get(name) == value for each in settings)
+    }
     lines = [f"- All: {show_settings(common)}"]
     for method, each in zip(methods, settings):
         own = {name: value for name, value in each.items() if name not in common}

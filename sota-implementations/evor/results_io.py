@@ -164,12 +164,13 @@ def training_text(method: str, settings: Mapping[str, object]) -> str:
     names = _POLICY_TRAINING
     if method != "bc":
         names = (*names, *_VALUE_TRAINING, *_OWN_TRAINING[method])
-    values = {name: settings[name] for name in names}
-    texts = {
-        name: f"{value:g}" if isinstance(value, float) else str(value)
-        for name, value in values.items()
-    }
-    return " ".join(f"{name}={text}" for name, text in texts.items())
+    parts = []
+    for name in names:
+        value = settings[name]
+        # Numbers in one form, 8 for 8.0; truth values are no numbers.
+        text = f"{value:g}" if type(value) in (int, float) else str(value)
+        parts.append(f"{name}={text}")
+    return " ".join(parts)
 
 
 def make_row(row: Mapping[str, object] | ResultRow) -> ResultRow:

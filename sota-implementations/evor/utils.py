@@ -249,8 +249,8 @@ def make_loss(
 ):
     """The loss, the Polyak average of its target network and the optimiser."""
     options = {"td_target": cfg.loss.td_target, "next_action": cfg.loss.next_action}
-    options["return_bounds"] = return_bounds
-    loss = EVORLoss(policy, returns, **options, **cfg.loss.improved)
+    options.update(cfg.loss.improved)
+    loss = EVORLoss(policy, returns, return_bounds=return_bounds, **options)
     loss.make_value_estimator(gamma=cfg.loss.gamma)
     optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.optim.lr, fused=True)
     return loss, SoftUpdate(loss, tau=cfg.loss.tau), optimizer
@@ -496,14 +496,14 @@ def training_settings(cfg: DictConfig) -> dict[str, object]:
         options = ",".join(f"{name}:{value:g}" for name, value in cfg.loss.improved.items())
         next_action = f"improved({options})"
     settings = {
-        "lr": float(cfg.optim.lr),
+        "lr": cfg.optim.lr,
         "schedule": cfg.optim.schedule,
-        "observation_spread": float(cfg.data.observation_spread),
+        "observation_spread": cfg.data.observation_spread,
         "policy_hidden": "x".join(map(str, cfg.policy.hidden_sizes)),
         "policy_activation": cfg.policy.activation,
         "policy_steps": cfg.policy.num_steps,
-        "gamma": float(cfg.loss.gamma),
-        "tau": float(cfg.loss.tau),
+        "gamma": cfg.loss.gamma,
+        "tau": cfg.loss.tau,
         "value_activation": cfg.value.activation,
         "layer_norm": cfg.value.layer_norm,
         "value_steps": cfg.value.num_steps,
