@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +22,24 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record import CSVLogger
 
+import torchrl_evor
 from torchrl_evor import EVORActor, OGBenchEnv
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 _has_ogbench = importlib.util.find_spec("ogbench") is not None
+_has_triton = importlib.util.find_spec("triton") is not None
 CHAIN = Chain()
 UNITS = (-3.0, 1.5), (torch.full((CHAIN.length,), 0.25), torch.full((CHAIN.length,), 0.43))
+
+
+MODULES = [info.name for info in pkgutil.walk_packages(torchrl_evor.__path__, "torchrl_evor.")]
+
+
+@pytest.mark.skipif(not (_has_ogbench and _has_triton), reason="needs ogbench and triton")
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def load(name):

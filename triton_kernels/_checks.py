@@ -146,8 +146,8 @@ def check_temperatures(
 ) -> None:
     if math.isnan(tau_r) or tau_r < 0:
         raise ValueError(f"tau_r must be in [0, inf], got {tau_r}.")
-    if math.isnan(tau_q) or tau_q < 0 or math.isinf(tau_q):
-        raise ValueError(f"tau_q must be in [0, inf), got {tau_q}.")
+    if math.isnan(tau_q) or tau_q < 0:
+        raise ValueError(f"tau_q must be in [0, inf], got {tau_q}.")
     if tau_q > 0 and gumbel is None and seed is None:
         raise ValueError(
             "gumbel is needed when tau_q > 0: standard Gumbel noise [*B, P], or a seed."

@@ -13,6 +13,20 @@ from ._philox import philox_gumbel
 
 
 @triton.jit
+def _expm1(x):
+    """``exp(x) - 1`` for ``x <= 0``, by its series where that cancels."""
+    series = x * (1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120)))))
+    return tl.where(x > -0.1, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p(x):
+    """``log(1 + x)`` for ``-1 < x <= 0``, by its series where that cancels."""
+    series = x * (1.0 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x * (1 / 6))))))
+    return tl.where(x > -0.1, series, tl.log(1.0 + x))
+
+
+@triton.jit
 def _node_average(
     z_ptr,
     returns_ptr,
@@ -33,6 +47,9 @@ def _node_average(
     """Value of each candidate, by an online log-sum-exp over its nodes; NaN if one of them is."""
     top = tl.full([BLOCK_P], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_P], tl.float32)
+    peak = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    excess = tl.zeros([BLOCK_P], tl.float32)
+    seen = tl.zeros([BLOCK_P], tl.float32)
     broken = tl.zeros([BLOCK_P], tl.int32)
     for start in range(0, num_nodes, BLOCK_N):
         nodes = start + tl.arange(0, BLOCK_N)
@@ -57,12 +74,27 @@ def _node_average(
             shift = tl.where(new_top > float("-inf"), new_top, 0.0)
             total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
             top = new_top
+            # Beside the sum, what it lacks to the sum of the weights: it keeps the digits that
+            # cancel in the logarithm of the sum when tau_r is large.
+            keep = mask & (log_weight > float("-inf"))[None, :]
+            y = tl.where(keep, returns / tau_r, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(y, 1))
+            shift = tl.where(new_peak > float("-inf"), new_peak, 0.0)
+            fall = tl.where(peak > float("-inf"), peak - shift, 0.0)
+            weight = tl.where(keep, tl.exp(log_weight)[None, :], 0.0)
+            depth = tl.where(keep, y - shift[:, None], 0.0)
+            excess = excess * tl.exp(fall) + seen * _expm1(fall)
+            excess += tl.sum(weight * _expm1(depth), 1)
+            seen += tl.sum(weight, 1)
+            peak = new_peak
     if AVERAGE == "mean":
         q = total
     elif AVERAGE == "max":
         q = top
     else:
         q = tau_r * (tl.where(top > float("-inf"), top, 0.0) + tl.log(total))
+        # Under a top node of hardly any weight it is the excess that cancels, to -1.
+        q = tl.where(excess < -0.5, q, tau_r * (peak + _log1p(excess)))
     return tl.where(broken > 0, float("nan"), q)
 
 

@@ -226,8 +226,8 @@ def evor_select(
     Keyword Args:
         tau_r (float): temperature of the reward-to-go average in reward units, in ``[0, inf]``:
             0 is the maximum, inf the mean.
-        tau_q (float): temperature of the choice in reward units, in ``[0, inf)``: 0 is the argmax,
-            lowest index on ties.
+        tau_q (float): temperature of the choice in reward units, in ``[0, inf]``: 0 is the argmax,
+            lowest index on ties, inf draws evenly.
         num_steps (int): as in :func:`sample_returns`.
         solver (str): as in :func:`sample_returns`.
         loc (float or Tensor): ``return = loc + scale * z``.

@@ -28,6 +28,14 @@ __all__ = [
 
 Activation = Literal["gelu_tanh", "gelu", "relu", "silu"]
 
+# What runs the layers of a sequence on the concatenation of its inputs and does nothing else. By
+# name, since neither package can be imported here.
+_PLAIN_FORWARDS = (
+    "torch.nn.modules.container.Sequential.forward",
+    "torchrl.modules.models.models.MLP.forward",
+    "torchrl_evor.modules.models.flow.VelocityMLP.forward",
+)
+
 
 class FoldedVelocity(NamedTuple):
     """Weights of a velocity MLP with its LayerNorms folded into the linear maps that follow them.
@@ -46,7 +54,7 @@ class FoldedVelocity(NamedTuple):
 
 
 def _activation_name(module: nn.Module) -> str | None:
-    if isinstance(module, nn.GELU):
+    if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
 
@@ -111,11 +119,19 @@ class FrozenVelocity:
         return self._tensors
 
 
-def _sequence(network: nn.Module) -> nn.Sequential | None:
-    if isinstance(network, nn.Sequential):
-        return network
-    inner = getattr(network, "net", None)
-    return inner if isinstance(inner, nn.Sequential) else None
+def _sequence(network: nn.Module) -> nn.Sequential | str:
+    """The layers that are all that a call of the network runs, or the reason why there are none."""
+    forward = type(network).forward
+    if f"{forward.__module__}.{forward.__qualname__}" not in _PLAIN_FORWARDS:
+        return (
+            f"{type(network).__name__} is no nn.Sequential, VelocityMLP or torchrl MLP, or has a "
+            "forward of its own"
+        )
+    sequence = network if isinstance(network, nn.Sequential) else network.net
+    for module in (network, sequence, *sequence):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"a hook changes the call of its {type(module).__name__}"
+    return sequence
 
 
 def _split_layers(layers: list[nn.Module]) -> tuple[list, list, list] | str:
@@ -123,7 +139,8 @@ def _split_layers(layers: list[nn.Module]) -> tuple[list, list, list] | str:
     linears, activations, norms = [], [], []
     position = 0
     while position < len(layers) - 1:
-        if not isinstance(layers[position], nn.Linear):
+        # Not isinstance: a subclass may do more.
+        if type(layers[position]) is not nn.Linear:
             return f"layer {position} is a {type(layers[position]).__name__}, expected nn.Linear"
         linears.append(layers[position])
         activations.append(_activation_name(layers[position + 1]))
@@ -131,10 +148,10 @@ def _split_layers(layers: list[nn.Module]) -> tuple[list, list, list] | str:
             name = type(layers[position + 1]).__name__
             return f"layer {position + 1} is a {name}, expected GELU, ReLU or SiLU"
         position += 2
-        if position < len(layers) and isinstance(layers[position], nn.LayerNorm):
+        if position < len(layers) and type(layers[position]) is nn.LayerNorm:
             norms.append(layers[position])
             position += 1
-    if position != len(layers) - 1 or not isinstance(layers[-1], nn.Linear):
+    if position != len(layers) - 1 or type(layers[-1]) is not nn.Linear:
         return "the last layer is not an nn.Linear"
     return linears + [layers[-1]], activations, norms
 
@@ -160,8 +177,8 @@ def _why_not_uniform(linears, activations, norms, in_features: int) -> str | Non
 
 def _inspect(network: nn.Module, observation_dim: int, action_dim: int):
     sequence = _sequence(network)
-    if sequence is None:
-        return f"{type(network).__name__} is no nn.Sequential and has none as attribute `net`"
+    if isinstance(sequence, str):
+        return sequence
     split = _split_layers(list(sequence))
     if isinstance(split, str):
         return split
@@ -180,7 +197,7 @@ def why_not_packable(network: nn.Module, observation_dim: int, action_dim: int) 
     Examples:
         >>> from torch import nn
         >>> why_not_packable(nn.Linear(5, 1), 2, 1)
-        'Linear is no nn.Sequential and has none as attribute `net`'
+        'Linear is no nn.Sequential, VelocityMLP or torchrl MLP, or has a forward of its own'
     """
     found = _inspect(network, observation_dim, action_dim)
     return found if isinstance(found, str) else None
@@ -190,10 +207,10 @@ def pack_velocity_mlp(network: nn.Module, observation_dim: int, action_dim: int)
     """A view of a velocity MLP for :func:`evor_select` and :func:`sample_returns`.
 
     Args:
-        network (nn.Module): an ``nn.Sequential``, or a module that has one as ``net``, of
-            ``Linear, activation[, LayerNorm]`` at least twice and a last ``Linear`` to one feature,
-            which reads ``concat(observation, action, z, t)``. Activations: ``nn.GELU`` (both
-            forms), ``nn.ReLU``, ``nn.SiLU``.
+        network (nn.Module): an ``nn.Sequential``, a ``VelocityMLP`` or TorchRL's ``MLP``, without
+            hooks or a ``forward`` of its own, of ``Linear, activation[, LayerNorm]`` at least twice
+            and a last ``Linear`` to one feature, which reads ``concat(observation, action, z, t)``.
+            Activations: ``nn.GELU`` (both forms), ``nn.ReLU``, ``nn.SiLU``.
         observation_dim (int): size of the observation.
         action_dim (int): size of one candidate.
 

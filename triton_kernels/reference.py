@@ -96,11 +96,18 @@ def q_star(returns: Tensor, tau_r: float, log_weights: Tensor | None = None) -> 
     """
     if log_weights is None:
         log_weights = returns.new_full((returns.shape[-1],), -math.log(returns.shape[-1]))
-    if tau_r == 0:
-        return returns.masked_fill(log_weights == -math.inf, -math.inf).amax(-1)
     if math.isinf(tau_r):
         return (returns * log_weights.exp()).sum(-1)
-    return tau_r * torch.logsumexp(returns / tau_r + log_weights, -1)
+    weightless = log_weights == -math.inf
+    top = returns.masked_fill(weightless, -math.inf).amax(-1, keepdim=True)
+    if tau_r == 0:
+        return top.squeeze(-1)
+    # expm1 and log1p keep the digits that cancel in a logsumexp when tau_r is large. Under a top
+    # node of hardly any weight it is the excess that cancels, to -1.
+    depth = ((returns - top) / tau_r).masked_fill(weightless, 0.0)
+    excess = (log_weights.exp() * torch.expm1(depth)).sum(-1)
+    soft = torch.logsumexp(returns / tau_r + log_weights, -1)
+    return torch.where(excess < -0.5, tau_r * soft, top.squeeze(-1) + tau_r * torch.log1p(excess))
 
 
 def choose_candidate(q: Tensor, gumbel: Tensor | None, tau_q: float) -> Tensor:
@@ -114,7 +121,7 @@ def choose_candidate(q: Tensor, gumbel: Tensor | None, tau_q: float) -> Tensor:
         q (Tensor): ``[*B, P]``.
         gumbel (Tensor, optional): standard Gumbel noise, ``[*B, P]``. Not read when ``tau_q`` is
             zero.
-        tau_q (float): temperature in reward units, in ``[0, inf)``.
+        tau_q (float): temperature in reward units, in ``[0, inf]``; ``inf`` draws evenly.
 
     Returns:
         Tensor: ``[*B]``, int64.

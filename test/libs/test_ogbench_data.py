@@ -691,6 +691,10 @@ class TestBadInput:
             ({"reward_type": "dense"}, "reward_type must be one of"),
             ({"download": "yes"}, "download must be one of"),
             ({"num_transitions": 5}, "num_transitions=5 .* needs source='local', got"),
+            (
+                {"source": "local", "num_transitions": 0},
+                "num_transitions must be an integer >= 1, got 0",
+            ),
             ({"source": "local", "directory": "x"}, "directory must not be given"),
         ],
     )

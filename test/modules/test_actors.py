@@ -359,6 +359,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             make_actor(**kwargs)
 
+    def test_policy_that_reads_its_noise(self):
+        """All candidates would be made from one draw."""
+        keys = {"in_keys": ["observation", "noise"]}
+        policy = FlowMatchingPolicy(VelocityMLP(2 + 2 + 1, 2, hidden_sizes=(4,)), 2, **keys)
+        with pytest.raises(ValueError, match=r"policy must draw its noise, got .*'noise'\]"):
+            EVORActor(policy, make_actor().returns)
+
 
 if __name__ == "__main__":
     pytest.main([__file__])

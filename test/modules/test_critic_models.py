@@ -185,6 +185,8 @@ class TestEveryCritic:
         network = nn.Linear(OBS + ACT, 5)
         with pytest.raises(ValueError, match="low must be below high"):
             CategoricalCritic(network, low=1.0, high=1.0)
+        with pytest.raises(ValueError, match="both finite, got -inf and inf"):
+            CategoricalCritic(network, low=-float("inf"), high=float("inf"))
         with pytest.raises(ValueError, match="num_atoms must be at least 2"):
             CategoricalCritic(network, low=0.0, high=1.0, num_atoms=1)
         with pytest.raises(ValueError, match="blur must be positive"):

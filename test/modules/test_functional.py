@@ -197,6 +197,10 @@ class TestGaussHermite:
             value = torch.logsumexp(s * nodes + log_weights, 0).item()
             assert value == pytest.approx(s * s / 2, rel=1e-9)
 
+    def test_more_nodes_than_float64_holds(self):
+        with pytest.raises(ValueError, match="num_nodes must be at most some 700, got 1024"):
+            gauss_hermite_normal(1024)
+
     def test_what_is_kept_follows_dtype_and_inference_mode(self):
         with torch.inference_mode():
             nodes, _ = gauss_hermite_normal(5, dtype=torch.float16)

@@ -307,7 +307,7 @@ class TestSelect:
         flow.select(torch.randn(4, 3), candidates, tau_r=1.0)[1].sum().backward()
         assert candidates.grad.abs().sum() > 0
 
-    @pytest.mark.parametrize("tolerance", [-1e-3, INF, float("nan")])
+    @pytest.mark.parametrize("tolerance", [-1e-3, 1.0, INF, float("nan")])
     def test_bad_tolerance(self, tolerance):
         with pytest.raises(ValueError, match="tolerance must be"):
             self.flow(tolerance=tolerance)

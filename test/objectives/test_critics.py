@@ -153,6 +153,29 @@ class TestByHand:
         assert log_weights is None
         assert values.tolist() == [[12.0, 11.0], [12.0, 11.0], [10.0, 10.0]]
 
+    @pytest.mark.parametrize("name", ["reward", "done", "terminated"])
+    @pytest.mark.parametrize("shape", [(3,), (3, 2)])
+    def test_shapes_that_would_mix_rows(self, name, shape):
+        """[B] beside [B, 1] broadcasts to [B, B]: every row would learn a mean over the batch."""
+        batch = make_batch(3)
+        entry = batch["next", name]
+        batch["next", name] = entry.expand(3, 2) if len(shape) == 2 else entry.squeeze(-1)
+        expected = rf"\('next', '{name}'\) must have the shape \(3, 1\), got \({shape[0]},"
+        with pytest.raises(ValueError, match=expected):
+            make_loss()(batch)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_units_set_late_hold_for_the_target_too(self, kind):
+        """The target is r + 0.9 Q', and Q' moves with the centre of the returns."""
+        loss, batch = make_loss(kind), make_batch(5)
+        batch["next", "terminated"][:] = False
+        targets = []
+        for loc in (0.0, -7.0):
+            loss.qvalue_network_params["loc"].fill_(loc)
+            torch.manual_seed(0)
+            targets.append(loss.compute_target(batch)[0])
+        torch.testing.assert_close(targets[1], targets[0] - 0.9 * 7.0)
+
     def test_padded_chunks(self):
         pad = torch.tensor([[False, False], [False, True], [True, True]])
         batch = make_batch(3)
@@ -163,6 +186,8 @@ class TestByHand:
         assert losses["loss_qvalue"].tolist() == [full["loss_qvalue"][0].item(), 0.0, 0.0]
         assert losses["loss_actor"][0] == full["loss_actor"][0] and losses["loss_actor"][2] == 0
         assert 0 < losses["loss_actor"][1] < full["loss_actor"][1]
+        assert batch["td_error"].tolist() == [batch["td_error"][0].item(), 0.0, 0.0]
+        assert batch["td_error"][0] > 0
         # The actor's gradient of padded coordinates is zero.
         (gradient,) = torch.autograd.grad(
             losses["loss_actor"].sum(),

@@ -331,6 +331,11 @@ class TestEstimator:
         assert loss.value_estimator.gamma.item() == pytest.approx(0.7)
         assert EVORLoss(*make_networks()).value_estimator.gamma.item() == pytest.approx(0.99)
 
+    @pytest.mark.parametrize("gamma", [-0.1, 1.5, float("nan")])
+    def test_bad_gamma(self, gamma):
+        with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], got"):
+            make_loss().make_value_estimator(gamma=gamma)
+
     @pytest.mark.parametrize("kind", [k for k in ValueEstimators if k != ValueEstimators.TD0])
     def test_unsupported(self, kind):
         with pytest.raises(NotImplementedError):

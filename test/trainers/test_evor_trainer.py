@@ -156,9 +156,10 @@ class TestLogs:
         ).train()  # fmt: skip
         assert self.rows(tmp_path, "success") == [(step, 0.5) for step in steps]
 
-    def test_what_is_kept_has_no_graph(self):
+    def test_what_is_kept_has_no_graph_and_does_not_grow(self):
         trainer = make_trainer()
         trainer.train()
+        assert {len(values) for values in trainer._log_dict.values()} == {1}
         kept = [value for values in trainer._log_dict.values() for value in values]
         assert not any(torch.is_tensor(value) and value.requires_grad for value in kept)
 
@@ -223,6 +224,17 @@ class TestBadInput:
     def test_counts(self, name):
         with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
             make_trainer(**{name: 0})
+
+    def test_two_discounts(self):
+        """Windows of five steps by 0.99 with a value behind them by 0.9 are no return."""
+        buffer, loss = make_buffer(), make_loss().make_value_estimator(gamma=0.9)
+        buffer.n_step, buffer.chunk_size, buffer.gamma = 5, 1, 0.99
+        with pytest.raises(ValueError, match="gamma of replay_buffer .* 0.9 .*, got 0.99"):
+            make_trainer(loss, replay_buffer=buffer)
+        buffer.n_step = 1  # nothing is discounted within a window of one step
+        make_trainer(loss, replay_buffer=buffer)
+        buffer.n_step, buffer.gamma = 5, 0.9
+        make_trainer(loss, replay_buffer=buffer)
 
     def test_not_a_multiple(self):
         with pytest.raises(ValueError, match="total_updates must be a multiple .* got 6 and 4"):

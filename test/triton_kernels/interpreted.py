@@ -22,6 +22,7 @@ from torchrl_evor.triton_kernels import (
     philox_normal,
     sample_returns,
 )
+from torchrl_evor.triton_kernels.reference import q_star
 
 LAYERED = {
     "16x16": _launch.LayerConfig(16, 16, 16, 4, 1, rows=32),
@@ -106,6 +107,7 @@ def test_unequal_widths_and_two_products_per_step(use_tile):
         {"tau_r": 100.0},
         {"tau_r": 1e-3},
         {"tau_q": 0.0},
+        {"tau_q": float("inf")},
     ],
     ids=str,
 )
@@ -114,6 +116,18 @@ def test_temperatures(use_tile, options):
     use_tile(LOOP["32"])
     case = Case(2, 35, 66, (16, 16), num_steps=1, **options)
     assert_matches(_run(case, "tf32x3"), case, "float32")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("tau_r", [5.0, 1e3, 1e5, 1e7])
+def test_large_temperatures_keep_their_digits(use_tile, tau_r, weighted):
+    """Next to the mean, where a logsumexp in float32 cancels; nodes in two blocks."""
+    use_tile(LOOP["32"])
+    case = Case(2, 3, 66, (16, 16), num_steps=1, tau_r=tau_r, weighted=weighted)
+    _, _, q, returns = _run(case, "tf32x3")
+    weights = case.options.get("log_weights", torch.full((66,), 1 / 66).log())
+    want = q_star(returns.double(), tau_r, weights.double().log_softmax(0))
+    torch.testing.assert_close(q.double(), want, atol=5e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from _kernel_cases import TOLERANCE, Case, assert_matches, make_mlp, relative_error
 from tensordict import TensorDict
 from torch import nn
+from torchrl.modules import MLP
 from torchrl_evor.triton_kernels import (
     _dispatch,
     _torch_path,
@@ -86,6 +87,24 @@ class TestReference:
         assert q_star(returns, 1e-4).item() == pytest.approx(q_star(returns, 0.0).item(), abs=1e-3)
         assert q_star(returns, 1e6).item() == pytest.approx(returns.mean().item(), abs=1e-5)
 
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_large_temperatures_keep_their_digits(self, weighted):
+        """Next to the mean, where a logsumexp in float32 cancels."""
+        returns = torch.randn(5, 9)
+        weights = torch.randn(9).log_softmax(0) if weighted else torch.full((9,), -math.log(9))
+        for tau in (1e3, 1e5, 1e7):
+            want = q_star(returns.double(), tau, weights.double().log_softmax(0))
+            got = q_star(returns, tau, weights)
+            torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=0)
+
+    def test_a_top_node_of_hardly_any_weight(self):
+        """At 0.2 the rest counts alone, at 0.01 the top node alone."""
+        returns, tail = torch.tensor([0.0, 10.0]), torch.tensor([0.0, -45 * math.log(10.0)])
+        assert q_star(returns, 0.2, tail).item() == pytest.approx(0.0, abs=1e-4)
+        assert q_star(returns, 0.01, tail).item() == pytest.approx(
+            10 - 0.45 * math.log(10.0), rel=1e-5
+        )
+
     def test_a_node_of_no_weight_counts_in_no_limit(self):
         returns = torch.tensor([5.0, 1.0])
         log_weights = torch.tensor([-math.inf, 0.0])
@@ -153,6 +172,7 @@ def test_pieces_of_the_torch_path(solver, monkeypatch):
         {"tau_r": 0.0},
         {"tau_r": math.inf},
         {"tau_q": 0.0},
+        {"tau_q": math.inf},
     ],
     ids=str,
 )
@@ -271,6 +291,28 @@ class TestCustomOperator:
             case.noise.normal_()
 
 
+class Scaled(VelocityMLP):
+    """A network whose call is more than its layers."""
+
+    def forward(self, *inputs):
+        return 3 * super().forward(*inputs)
+
+
+class Doubled(nn.Sequential):
+    def forward(self, inputs):
+        return 2 * super().forward(inputs)
+
+
+class Rounded(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs).round()
+
+
+def hooked(network):
+    network[2].register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    return network
+
+
 class TestPacking:
     def test_velocity_mlp(self):
         network = VelocityMLP(7, hidden_sizes=(16, 8), layer_norm=True)
@@ -278,10 +320,18 @@ class TestPacking:
         assert packed.widths == (16, 8) and packed.layer_norm
         assert packed.activation == "gelu_tanh" and packed.eps == 1e-6
 
+    def test_torchrl_mlp(self):
+        network = MLP(in_features=7, out_features=1, num_cells=[16, 8], activation_class=nn.ReLU)
+        assert pack_velocity_mlp(network, observation_dim=3, action_dim=2).widths == (16, 8)
+
     @pytest.mark.parametrize(
         "network, reason",
         [
             (nn.Linear(7, 1), "is no nn.Sequential"),
+            (Scaled(7, hidden_sizes=(4, 4)), "Scaled is no nn.Sequential"),
+            (Doubled(*make_mlp(7, (4, 4))), "Doubled is no nn.Sequential"),
+            (nn.Sequential(Rounded(7, 4), *make_mlp(7, (4, 4))[1:]), "layer 0 is a Rounded"),
+            (hooked(make_mlp(7, (4, 4))), "a hook changes the call of its Linear"),
             (nn.Sequential(nn.Linear(7, 4), nn.ReLU(), nn.Linear(4, 1)), "1 hidden layers"),
             (make_mlp(6, (4, 4)), "reads 6 features"),
             (nn.Sequential(*make_mlp(7, (4, 4))[:-1], nn.Linear(4, 2)), "writes 2 features"),
@@ -367,7 +417,6 @@ class TestBadInput:
             {"tau_r": math.nan},
             {"tau_q": -1.0},
             {"tau_q": math.nan},
-            {"tau_q": math.inf},
             {"num_steps": 0},
             {"num_steps": 2.5},
             {"num_steps": 3, "solver": "midpoint"},

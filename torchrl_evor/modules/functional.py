@@ -286,7 +286,7 @@ def gauss_hermite_normal(
     :func:`log_mean_exp` at a small temperature sees the upper tail.
 
     Args:
-        num_nodes (int): number of nodes :math:`N`, at least 1.
+        num_nodes (int): number of nodes :math:`N`, at least 1, at most some 700.
 
     Keyword Args:
         device (torch.device, optional): device of the results.
@@ -296,6 +296,9 @@ def gauss_hermite_normal(
     Returns:
         tuple of Tensor: nodes in increasing order and logarithms of their
         weights, ``[num_nodes]`` each. Kept for the next call: not to be written to.
+
+    Raises:
+        ValueError: if there are so many nodes that weights are too small for float64.
 
     Examples:
         >>> nodes, log_weights = gauss_hermite_normal(3)
@@ -319,6 +322,8 @@ def _gauss_hermite(num_nodes: int, device, dtype) -> tuple[Tensor, Tensor]:
             following = (nodes * polynomial - math.sqrt(n - 1) * before) / math.sqrt(n)
             before, polynomial = polynomial, following
         log_weights = -math.log(num_nodes) - 2 * polynomial.abs().log()
+        if not log_weights.isfinite().all():
+            raise ValueError(f"num_nodes must be at most some 700, got {num_nodes}.")
         return nodes.to(device, dtype), log_weights.to(device, dtype)
 
 

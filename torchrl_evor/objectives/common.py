@@ -184,6 +184,13 @@ class FlowPolicyLoss(LossModule):
         names = [unravel_key(("next", key)) for key in (keys.done, keys.terminated)]
         # Strict: TorchRL would take every end for a termination where that key is missing.
         step = tensordict.select(reward_key, *names)
+        shape = (*tensordict[keys.action].shape[:-1], 1)
+        for key in (reward_key, *names):
+            # [B] beside [B, 1] would make every row a mean over the batch.
+            if step[key].shape != shape:
+                raise ValueError(
+                    f"{key!r} must have the shape {shape}, got {tuple(step[key].shape)}."
+                )
         if (steps := tensordict.get(keys.steps_to_next_obs, None)) is not None:
             step.set(keys.steps_to_next_obs, steps)
         zero = torch.zeros_like(step[reward_key])
@@ -207,7 +214,14 @@ class FlowPolicyLoss(LossModule):
         return tensordict.get(self.tensor_keys.priority_weight, None)
 
     def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams):
-        """Builds the estimator that holds the discount; see :class:`LossModule`."""
+        """Builds the estimator that holds the discount; see :class:`LossModule`.
+
+        Raises:
+            ValueError: if ``gamma`` is not between 0 and 1.
+        """
+        gamma = hyperparams.get("gamma")
+        if gamma is not None and not 0 <= gamma <= 1:
+            raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}.")
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
         if value_type is not None:
             dispatch_value_estimator(

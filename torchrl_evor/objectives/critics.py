@@ -148,9 +148,10 @@ class CriticLoss(FlowPolicyLoss):
             distance = self.qvalue_network.distance(outputs, values, log_weights)
             value = self._mean(*self.qvalue_network.law(outputs.detach()))
         distance = self._without_padded(distance, tensordict)
+        size = self._without_padded((value - target).abs(), tensordict)
         loss = self._reduce_loss(distance, tensordict, weights=self._weights(tensordict))
         self._clear_weakrefs(tensordict, "qvalue_network_params", "target_qvalue_network_params")
-        return loss, {"td_error": (value - target).abs(), "value_target": target.mean()}
+        return loss, {"td_error": size, "value_target": target.mean()}
 
     @torch.no_grad()
     def compute_target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
@@ -160,6 +161,8 @@ class CriticLoss(FlowPolicyLoss):
         action = self._next_action(tensordict)
         with self._swap("qvalue_network", target=True):
             outputs = self.qvalue_network.outputs(observation, action)
+        # In the units of today: those of the target are from when it was made.
+        with self._swap("qvalue_network"):
             values, log_weights = self.qvalue_network.law(outputs)
         return reward + discount * values, log_weights
 

@@ -207,7 +207,7 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         if self.directory is not None:
             return f"directory-{fingerprint(self._npz_path)}"
         if self.source == "local":
-            size = self._num_transitions or "official"
+            size = "official" if self._num_transitions is None else self._num_transitions
             return f"local-seed{self._collection['seed']}-{size}"
         return "official"
 
@@ -384,6 +384,8 @@ def _check_sources(source, directory, num_transitions) -> None:
             "source='local' collects its own data: directory must not be given with it "
             "(root names the place of the cache)."
         )
+    if num_transitions is not None:
+        _check_counts(num_transitions=num_transitions)
     if source != "local" and num_transitions is not None:
         raise ValueError(
             f"num_transitions={num_transitions!r} is the size of a local collection: it needs "

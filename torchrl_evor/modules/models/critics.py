@@ -185,7 +185,7 @@ class CategoricalCritic(Critic):
         a softmax gives all atoms some mass.
 
     Raises:
-        ValueError: if there are fewer than two atoms or ``low`` is not below ``high``.
+        ValueError: if there are fewer than two atoms or ``low`` is not below ``high``, both finite.
 
     Examples:
         >>> import torch
@@ -200,8 +200,8 @@ class CategoricalCritic(Critic):
         super().__init__(network, **kwargs)
         if check_positive("num_atoms", num_atoms) < 2:
             raise ValueError(f"num_atoms must be at least 2, got {num_atoms}.")
-        if not low < high:
-            raise ValueError(f"low must be below high, got low={low} and high={high}.")
+        if not (low < high and math.isfinite(high - low)):
+            raise ValueError(f"low must be below high, both finite, got {low} and {high}.")
         self.num_outputs = num_atoms
         self.register_buffer("atoms", torch.linspace(low, high, num_atoms))
 

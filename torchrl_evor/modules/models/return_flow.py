@@ -122,8 +122,8 @@ class ReturnFlow(ReturnModel):
         self.velocity_network = velocity_network
         self.num_steps = check_positive("num_steps", num_steps)
         self.solver = check_solver(solver, num_steps)
-        if not 0 <= tolerance < math.inf:
-            raise ValueError(f"tolerance must be at least 0 and finite, got {tolerance}.")
+        if not 0 <= tolerance < 1:
+            raise ValueError(f"tolerance must be in [0, 1), got {tolerance}.")
         self.tolerance = tolerance
 
     @property

@@ -65,6 +65,9 @@ class ReturnModel(TensorDictModuleBase):
     def set_normalization(self, loc: float | Tensor, scale: float | Tensor) -> None:
         """Sets the affine map between network and reward units, in place.
 
+        Losses follow at once, but for the temperatures of ``next_action="improved"``: the
+        target network of a loss keeps the map that it was made with.
+
         Args:
             loc (float or Tensor): centre of the returns, in reward units.
             scale (float or Tensor): spread of the returns, in reward units.

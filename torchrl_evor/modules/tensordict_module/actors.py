@@ -108,7 +108,8 @@ class EVORActor(TensorDictModuleBase):
             candidates), ``"gauss_hermite"`` (weighted, for a small ``tau_r``) or
             ``"random"`` (the paper's). Defaults to ``"stratified"``.
         backend (str, optional): ``"torch"``, ``"triton"`` or ``"auto"``, the
-            fastest measured choice for the device. Defaults to ``"auto"``.
+            fastest measured choice for the device; PyTorch where none has been
+            measured. Defaults to ``"auto"``.
         return_candidates (bool, optional): also write ``"candidates"``
             ``[*B, num_candidates, act]`` and ``"candidate_values"``
             ``[*B, num_candidates]``. Defaults to ``False``.
@@ -121,8 +122,8 @@ class EVORActor(TensorDictModuleBase):
 
     Raises:
         ValueError: if a count is below 1, a temperature negative, ``nodes`` or
-            ``backend`` unknown, or the policy does not write the action that
-            ``returns`` reads.
+            ``backend`` unknown, the policy does not write the action that
+            ``returns`` reads, or it reads its noise.
 
     Examples:
         >>> import torch
@@ -149,6 +150,11 @@ class EVORActor(TensorDictModuleBase):
         return_candidates: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(getattr(policy, "module", None), FlowMatchingModel) and policy.in_keys[1:]:
+            raise ValueError(
+                f"policy must draw its noise, got one that reads {policy.in_keys}: its candidates "
+                "would all be the same."
+            )
         self.policy = policy
         self.returns = returns
         self.num_candidates = check_positive("num_candidates", num_candidates)

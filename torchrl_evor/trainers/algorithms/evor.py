@@ -4,6 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -86,8 +87,9 @@ class EVORTrainer(Trainer):
         seed (int, optional): seeds torch and numpy. Defaults to ``None``.
 
     Raises:
-        ValueError: if a count is below 1 or ``total_updates`` is not a multiple
-            of ``optim_steps_per_batch``.
+        ValueError: if a count is below 1, ``total_updates`` is not a multiple
+            of ``optim_steps_per_batch``, or the data's windows of several steps
+            have another discount than the loss.
         FileNotFoundError: from :meth:`resume`, if there is no checkpoint.
 
     Examples:
@@ -161,6 +163,7 @@ class EVORTrainer(Trainer):
                 f"total_updates must be a multiple of optim_steps_per_batch, "
                 f"got {total_updates} and {optim_steps_per_batch}."
             )
+        _check_discounts(loss_module, replay_buffer)
         source = OfflineSource(
             replay_buffer, optim_steps_per_batch, batch_size=batch_size, device=device
         )
@@ -185,6 +188,8 @@ class EVORTrainer(Trainer):
             # Also without a path: a resumed run takes its random state from there.
             checkpoint=Checkpoint(rng=GlobalRNGState()),
         )
+        # TorchRL's would hold a tensor for every update; what reads it wants the last.
+        self._log_dict = defaultdict(lambda: deque(maxlen=1))
         source.register(self)
         if target_net_updater is not None:
             # Not TargetNetUpdaterHook.register, which steps once per turn of the outer loop.
@@ -217,3 +222,15 @@ class EVORTrainer(Trainer):
             self._log_dict[name].append(value)
             if self.logger is not None:
                 self.logger.log_scalar(name, value, step=self.updates)
+
+
+def _check_discounts(loss_module: LossModule, replay_buffer: TensorDictReplayBuffer) -> None:
+    """Rewards within a window and the value behind it make no return if discounted differently."""
+    if getattr(replay_buffer, "n_step", 1) * getattr(replay_buffer, "chunk_size", 1) == 1:
+        return
+    ours = float(loss_module.value_estimator.gamma)
+    if abs(replay_buffer.gamma - ours) > 1e-6:
+        raise ValueError(
+            f"gamma of replay_buffer must be that of loss_module, {ours:g} "
+            f"(make_value_estimator), got {replay_buffer.gamma:g}."
+        )
