@@ -28,7 +28,6 @@ from torchrl_evor import EVORActor, OGBenchEnv
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 _has_ogbench = importlib.util.find_spec("ogbench") is not None
-_has_triton = importlib.util.find_spec("triton") is not None
 CHAIN = Chain()
 UNITS = (-3.0, 1.5), (torch.full((CHAIN.length,), 0.25), torch.full((CHAIN.length,), 0.43))
 
@@ -36,7 +35,7 @@ UNITS = (-3.0, 1.5), (torch.full((CHAIN.length,), 0.25), torch.full((CHAIN.lengt
 MODULES = [info.name for info in pkgutil.walk_packages(torchrl_evor.__path__, "torchrl_evor.")]
 
 
-@pytest.mark.skipif(not (_has_ogbench and _has_triton), reason="needs ogbench and triton")
+@pytest.mark.skipif(not _has_ogbench, reason="ogbench not found")
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -149,7 +149,7 @@ def test_chunks_of_actions_and_an_ensemble(root):
     (path,) = (root / "results").rglob("*.csv")
     (row,) = studies.read(path)
     assert path.stem == row["method"] == "evor-3-x2"
-    assert row["training"].startswith("lr=0.0005 schedule=")
+    assert row["training"].startswith("data=local-seed0-4000 lr=0.0005 schedule=")
     assert row["training"].endswith(" bound_returns=True")
     trained = studies.load(output)
     assert (trained.method, trained.chunk_size) == ("evor-3-x2", 3)
@@ -345,6 +345,31 @@ def test_improved_options_reach_every_loss():
         assert {name: getattr(made, name) for name in options} == options
 
 
+@pytest.mark.parametrize("option", ["value.num_flows=3", "loss.bound_returns=true"])
+def test_options_of_the_flow_alone(option):
+    """No other method has them, so none takes them in silence."""
+    import train_baseline
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        cfg = compose("baselines", overrides=["method=scalar", option])
+    with pytest.raises(ValueError, match=f"{option.split('=')[0]}=.* needs method=evor"):
+        train_baseline.make_agent(cfg, sizes=None, device=None)
+
+
+def test_command_of_a_row(monkeypatch):
+    """A shell would take braces apart, and an option with them, in silence."""
+    import results_io
+
+    monkeypatch.setattr(sys, "argv", ["many.py", "envs=[{name:a,gamma:0.9}]", "lr=1e-3"])
+    command = results_io.command()
+    assert command == "python many.py 'envs=[{name:a,gamma:0.9}]' lr=1e-3"
+    echo = subprocess.run(
+        ["bash", "-c", f"printf '%s\n' {command}"], capture_output=True, text=True
+    )
+    assert echo.stdout.split() == ["python", *sys.argv]
+
+
 def test_text_of_a_training():
     """One text for one training, whichever program ran it; only what concerns the method."""
     import many
@@ -358,10 +383,10 @@ def test_text_of_a_training():
     alone += ["optim.lr=2e-3", "optim.schedule=cosine", "loss.tau=0.1", "value.num_steps=6"]
     alone += ["value.solver=midpoint", "data.observation_spread=3", "loss.gamma=0.9"]
     with initialize_config_dir(str(RECIPE), version_base="1.3"):
-        first = many.training_settings(compose("many", overrides=together), gamma=0.9)
-        second = utils.training_settings(compose("baselines", overrides=alone))
+        first = many.training_settings(compose("many", overrides=together), 0.9, "official")
+        second = utils.training_settings(compose("baselines", overrides=alone), "official")
         improved = compose("config", overrides=["loss.next_action=improved"])
-    policy = "lr=0.002 schedule=cosine observation_spread=3 policy_hidden=8x4 "
+    policy = "data=official lr=0.002 schedule=cosine observation_spread=3 policy_hidden=8x4 "
     policy += "policy_activation=silu policy_steps=10"
     value = f"{policy} gamma=0.9 tau=0.1 value_activation=silu layer_norm=True"
     flow = "value_steps=6 value_solver=midpoint td_target=bellman"
@@ -376,7 +401,7 @@ def test_text_of_a_training():
         assert made == expected
     text = results_io.training_text("iql", second)
     assert text == f"{value} expectile=0.9 temperature=10"
-    text = results_io.training_text("evor", utils.training_settings(improved))
+    text = results_io.training_text("evor", utils.training_settings(improved, "official"))
     improved = "improved(num_candidates:4,num_samples:4,tau_r:inf,tau_q:1)"
     assert text.endswith(f" next_action={improved} bound_returns=False")
 

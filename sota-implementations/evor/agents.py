@@ -10,7 +10,6 @@ import concurrent.futures
 import math
 import multiprocessing
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -245,5 +244,5 @@ def _row(cfg: DictConfig, outcome: dict, device) -> dict:
         **outcome,
         "protocol": cfg.protocol,
         "device": utils.device_name(device),
-        "command": " ".join(["python", *sys.argv]),
+        "command": results_io.command(),
     }

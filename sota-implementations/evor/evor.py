@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
     run = utils.train(cfg, output, data, loss, updater, optimizer, actor)
     episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
     tqdm.write(run.log_episodes(episodes))
-    utils.append_result(cfg, run, "evor", actor, episodes)
+    utils.append_result(cfg, run, data, "evor", actor, episodes)
     figures.learning_curve(run.history, output / "learning_curve.png")
     path = output / "reward_to_go.png"
     figures.reward_to_go(data, actor, cfg.loss.gamma, path, chunk_size=cfg.chunk_size)

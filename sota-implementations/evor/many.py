@@ -159,8 +159,10 @@ class Program:
             # It would be counted as trained by the updates of this run.
             raise ValueError("methods must be without 'bc' where policies are kept, not trained.")
         self.cfg, self.name, self.gamma, self.device = cfg, name, gamma, device
-        self.training_settings = training_settings(cfg, gamma)
         self.replays = {task: load_task(cfg, name, task, gamma) for task in cfg.tasks}
+        # The same for all tasks, which share their data.
+        replay = next(iter(self.replays.values()))
+        self.training_settings = training_settings(cfg, gamma, replay.origin)
         self.settings = {
             method: [
                 Setting(*row)
@@ -181,8 +183,6 @@ class Program:
             windows.start = start
         self.observation_dim = self._first_windows.observation.shape[-1]
         self.action_dim = cfg.chunk_size * self._first_windows.action.shape[-1]
-        # The same for all tasks, which share their data.
-        replay = next(iter(self.replays.values()))
         self.statistics = utils.input_units(cfg.data.observation_spread, replay)
         self.policy = self._make_policy()
         # Behaviour cloning is the base policy, which the losses of all others train.
@@ -346,9 +346,10 @@ class Program:
             yield setting, agents.Agent(policy, members, loc, scale)
 
 
-def training_settings(cfg: DictConfig, gamma: float) -> dict[str, object]:
+def training_settings(cfg: DictConfig, gamma: float, origin: str) -> dict[str, object]:
     """Values for :func:`results_io.training_text`."""
     return {
+        "data": origin,
         "lr": cfg.lr,
         "schedule": cfg.schedule,
         "observation_spread": cfg.data.observation_spread,

@@ -15,6 +15,8 @@ import fcntl
 import io
 import math
 import os
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,7 +119,7 @@ SETTINGS = (
 )
 # What the training of a method depends on, besides the columns of a row.
 _POLICY_TRAINING = (
-    *("lr", "schedule", "observation_spread"),
+    *("data", "lr", "schedule", "observation_spread"),
     *("policy_hidden", "policy_activation", "policy_steps"),
 )
 _VALUE_TRAINING = ("gamma", "tau", "value_activation", "layer_norm")
@@ -171,6 +173,11 @@ def training_text(method: str, settings: Mapping[str, object]) -> str:
         text = f"{value:g}" if type(value) in (int, float) else str(value)
         parts.append(f"{name}={text}")
     return " ".join(parts)
+
+
+def command() -> str:
+    """The command line of this program, to be pasted into a shell."""
+    return shlex.join(["python", *sys.argv])
 
 
 def make_row(row: Mapping[str, object] | ResultRow) -> ResultRow:

@@ -15,7 +15,7 @@ import hydra
 import torch
 import utils
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchrl.objectives import SoftUpdate
 from tqdm import tqdm
 
@@ -58,6 +58,11 @@ def make_sizes(cfg: DictConfig, data: OGBenchExperienceReplay) -> baselines.Size
 
 def make_agent(cfg: DictConfig, sizes: baselines.Sizes, device: torch.device):
     """Loss, actor, optimiser and the Polyak average of the target network, if there is one."""
+    flow_options = {"value.num_flows": 1, "loss.bound_returns": False}
+    for name, default in flow_options.items():
+        value = OmegaConf.select(cfg, name)
+        if cfg.method != "evor" and value != default:
+            raise ValueError(f"{name}={value} needs method=evor, got method={cfg.method}.")
     options = {name: cfg.baseline[name] for name in cfg.baseline if name != "num_atoms"}
     loss, actor = baselines.make_baseline(
         cfg.method,
@@ -88,7 +93,7 @@ def main(cfg: DictConfig) -> None:
     run = utils.train(cfg, output, data, loss, updater, optimizer, actor)
     episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
     tqdm.write(f"{cfg.method}, {run.log_episodes(episodes)}")
-    utils.append_result(cfg, run, cfg.method, actor, episodes)
+    utils.append_result(cfg, run, data, cfg.method, actor, episodes)
     figures.learning_curve(run.history, output / "learning_curve.png")
     tqdm.write(f"Curves, logs and the checkpoint are in {output}")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import resource
-import sys
 import time
 from pathlib import Path
 
@@ -459,7 +458,12 @@ class Run:
 
 
 def append_result(
-    cfg: DictConfig, run: Run, method: str, actor: TensorDictModuleBase, episodes: TensorDictBase
+    cfg: DictConfig,
+    run: Run,
+    data: OGBenchExperienceReplay,
+    method: str,
+    actor: TensorDictModuleBase,
+    episodes: TensorDictBase,
 ) -> None:
     """Adds the row of a finished run to the folder ``cfg.results_dir``, if there is one."""
     if cfg.results_dir is None:
@@ -471,7 +475,7 @@ def append_result(
         "seed": cfg.seed,
         "protocol": cfg.protocol,
         "num_updates": run.step,
-        "num_transitions": cfg.data.num_transitions,
+        "num_transitions": len(data.transitions),
         "n_step": cfg.data.n_step,
         "hidden": "x".join(map(str, cfg.value.hidden_sizes)),
         "batch_size": cfg.data.batch_size,
@@ -479,8 +483,8 @@ def append_result(
         "train_seconds": run.seconds,
         "peak_memory_mb": run.peak_memory_mb,
         "parameters": sum(parameter.numel() for parameter in actor.parameters()),
-        "training": results_io.training_text(method, training_settings(cfg)),
-        "command": " ".join(["python", *sys.argv]),
+        "training": results_io.training_text(method, training_settings(cfg, data.origin)),
+        "command": results_io.command(),
         **episode_columns(episodes),
     }
     if hasattr(actor, "num_candidates"):
@@ -489,13 +493,14 @@ def append_result(
     results_io.append_row(Path(cfg.results_dir) / cfg.env.name / f"{row['method']}.csv", row)
 
 
-def training_settings(cfg: DictConfig) -> dict[str, object]:
+def training_settings(cfg: DictConfig, origin: str) -> dict[str, object]:
     """Values for :func:`results_io.training_text` from a configuration of a single run."""
     next_action = cfg.loss.next_action
     if next_action == "improved":
         options = ",".join(f"{name}:{value:g}" for name, value in cfg.loss.improved.items())
         next_action = f"improved({options})"
     settings = {
+        "data": origin,
         "lr": cfg.optim.lr,
         "schedule": cfg.optim.schedule,
         "observation_spread": cfg.data.observation_spread,

@@ -189,7 +189,7 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
     @property
     def data_path_root(self) -> Path:
         """The cache of this data file: both splits, all tasks, and the npz files if ours."""
-        return self.root / self._origin / self._name.file.name
+        return self.root / self.origin / self._name.file.name
 
     @property
     def data_path(self) -> Path:
@@ -202,8 +202,11 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         return self.data_path_root / self.split / "transitions"
 
     @property
-    def _origin(self) -> str:
-        """Folder that keeps data of different origins apart."""
+    def origin(self) -> str:
+        """Where the data come from; names the folder that keeps them apart from others.
+
+        ``"official"``, ``"local-seed<seed>-<transitions>"`` or ``"directory-<fingerprint>"``.
+        """
         if self.directory is not None:
             return f"directory-{fingerprint(self._npz_path)}"
         if self.source == "local":

@@ -4,7 +4,6 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
