@@ -5,7 +5,7 @@
 """Turns raw result rows into tables with intervals, and plots.
 
     python report.py                                  writes report/report.md and plots
-    python report.py --readme ../../README.md         also renews the tables of the README
+    python report.py --readme ../../docs/results.md   also renews the tables of a page
     python report.py --where evor:tau_r=inf           picks one of several settings
     python report.py --split tau_r                    shows each of them as a method of its own
     python report.py --same EVOR=evor,evor-5          one method in the table of all environments
