@@ -379,16 +379,18 @@ def test_text_of_a_training():
 
     together = ["hidden_sizes=[8,4]", "activation=silu", "lr=2e-3", "schedule=cosine", "tau=0.1"]
     together += ["value_steps=6", "value_solver=midpoint", "data.observation_spread=3"]
+    together += ["value_spread=2"]
     alone = ["policy.hidden_sizes=[8,4]", "policy.activation=silu", "value.activation=silu"]
     alone += ["optim.lr=2e-3", "optim.schedule=cosine", "loss.tau=0.1", "value.num_steps=6"]
     alone += ["value.solver=midpoint", "data.observation_spread=3", "loss.gamma=0.9"]
+    alone += ["value.observation_spread=2"]
     with initialize_config_dir(str(RECIPE), version_base="1.3"):
         first = many.training_settings(compose("many", overrides=together), 0.9, "official")
         second = utils.training_settings(compose("baselines", overrides=alone), "official")
         improved = compose("config", overrides=["loss.next_action=improved"])
     policy = "data=official lr=0.002 schedule=cosine observation_spread=3 policy_hidden=8x4 "
     policy += "policy_activation=silu policy_steps=10"
-    value = f"{policy} gamma=0.9 tau=0.1 value_activation=silu layer_norm=True"
+    value = f"{policy} gamma=0.9 tau=0.1 value_spread=2 value_activation=silu layer_norm=True"
     flow = "value_steps=6 value_solver=midpoint td_target=bellman"
     expected = {
         "bc": policy,
@@ -435,6 +437,49 @@ def test_spread_of_the_observations():
     torch.testing.assert_close(utils.input_units(1, data), statistics)
 
 
+def test_spread_of_the_value_alone():
+    """From the same draws, its first layer weighs observations four times as much at 8 as at 2."""
+    import baselines
+    import train_baseline
+    import utils
+    from hydra import compose, initialize_config_dir
+
+    class Data:
+        def __getitem__(self, index):
+            return {"observation": torch.zeros(1, 2), "action": torch.zeros(1, 2)}
+
+        def observation_statistics(self):
+            return torch.zeros(2), torch.ones(2)
+
+        def return_statistics(self, gamma):
+            return 0.0, 1.0
+
+        def empirical_returns(self, gamma):
+            return torch.zeros(3)
+
+    def weights(*overrides):
+        overrides = ["data.observation_spread=2", "value.num_flows=2", *overrides]
+        with initialize_config_dir(str(RECIPE), version_base="1.3"):
+            cfg = compose("baselines", overrides=overrides)
+        torch.manual_seed(0)
+        policy, returns = utils.make_networks(cfg, Data(), torch.device("cpu"))
+        sizes = train_baseline.make_sizes(cfg, Data())
+        actors = [baselines.make_baseline(method, sizes)[1] for method in ("evor", "scalar", "qc")]
+        policies = [policy, *(actor.policy for actor in actors)]
+        values = [returns, *(actor.returns for actor in actors)]
+        return [torch.nn.ModuleList(models).state_dict() for models in (policies, values)]
+
+    (policy, value), (same, other) = weights(), weights("value.observation_spread=8")
+    assert all(torch.equal(policy[name], same[name]) for name in policy)
+    changed = {name for name in value if not torch.equal(value[name], other[name])}
+    assert len(changed) == 6  # two flows twice, a critic, a stack of critics
+    for name in changed:
+        ratio = other[name] / value[name]
+        axis = 1 if ratio.shape[-1] == 256 else ratio.ndim - 1  # a stack multiplies from the right
+        seen, rest = ratio.split([2, ratio.shape[axis] - 2], axis)
+        assert (seen == 4).all() and (rest == 1).all()
+
+
 class TestBadInput:
     """Every mistake is named before any work is done."""
 
@@ -451,6 +496,7 @@ class TestBadInput:
             ("data.observation_spread=0", "observation_spread must be positive and finite, got 0"),
             ("data.observation_spread=.inf", "observation_spread must be positive and finite"),
             ("data.observation_spread=null", "observation_spread must be positive and finite"),
+            ("value.observation_spread=-1", "value.observation_spread must be positive and finite"),
             ("loss.td_target=exact", "td_target must be one of"),
             ("loss.next_action=best", "next_action must be one of"),
             ("actor.nodes=even", "nodes must be one of"),

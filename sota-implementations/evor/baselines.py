@@ -43,7 +43,8 @@ class Sizes:
     """What all methods share. Returns are ``loc + scale * z``; supports are in z units, and
     ``return_bounds``, of EVOR, in reward units.
 
-    ``observation_statistics`` are mean and deviation by which networks start standardised.
+    ``policy_statistics`` and ``value_statistics`` are mean and deviation of the observations by
+    which networks start standardised.
     """
 
     observation_dim: int
@@ -55,7 +56,8 @@ class Sizes:
     num_steps: int = 10
     value_steps: int = 10
     value_solver: str = "euler"
-    observation_statistics: tuple[Tensor, Tensor] | None = None
+    policy_statistics: tuple[Tensor, Tensor] | None = None
+    value_statistics: tuple[Tensor, Tensor] | None = None
     layer_norm: bool = True
     num_flows: int = 1
     loc: float = 0.0
@@ -71,18 +73,18 @@ class Sizes:
 
     def policy_network(self, in_features: int) -> VelocityMLP:
         """Network of a policy, without LayerNorm."""
-        return self._standardized(
-            VelocityMLP(
-                in_features,
-                self.action_dim,
-                hidden_sizes=self.policy_hidden_sizes,
-                activation=self.policy_activation,
-            )
+        network = VelocityMLP(
+            in_features,
+            self.action_dim,
+            hidden_sizes=self.policy_hidden_sizes,
+            activation=self.policy_activation,
         )
+        return _standardized(network, self.policy_statistics)
 
     def value_network(self, in_features: int, out_features: int = 1) -> VelocityMLP:
         """Network of a value or of a law's parameters."""
-        return self._standardized(VelocityMLP(in_features, out_features, **self._value_options))
+        network = VelocityMLP(in_features, out_features, **self._value_options)
+        return _standardized(network, self.value_statistics)
 
     @property
     def _value_options(self) -> dict:
@@ -91,12 +93,6 @@ class Sizes:
             "activation": self.value_activation,
             "layer_norm": self.layer_norm,
         }
-
-    def _standardized(self, network):
-        """The network, whose first inputs are an observation, in the units of the data."""
-        if self.observation_statistics is None:
-            return network
-        return network.standardize_inputs_(*self.observation_statistics)
 
     def policy(self) -> FlowMatchingPolicy:
         """Base policy."""
@@ -124,8 +120,13 @@ class Sizes:
     def ensemble(self, num_critics: int) -> ScalarCritic:
         """Q-chunking's scalar critics."""
         stack = StackedVelocityMLP(num_critics, self.inputs, **self._value_options)
-        stack = self._standardized(stack)
+        stack = _standardized(stack, self.value_statistics)
         return ScalarCritic(stack, num_critics=num_critics, loc=self.loc, scale=self.scale)
+
+
+def _standardized(network, statistics: tuple[Tensor, Tensor] | None):
+    """The network, whose first inputs are an observation, in the units of the data."""
+    return network if statistics is None else network.standardize_inputs_(*statistics)
 
 
 def make_baseline(

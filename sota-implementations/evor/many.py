@@ -183,7 +183,8 @@ class Program:
             windows.start = start
         self.observation_dim = self._first_windows.observation.shape[-1]
         self.action_dim = cfg.chunk_size * self._first_windows.action.shape[-1]
-        self.statistics = utils.input_units(cfg.data.observation_spread, replay)
+        self.policy_units = utils.input_units(cfg.data.observation_spread, replay)
+        self.value_units = utils.input_units(value_spread(cfg), replay)
         self.policy = self._make_policy()
         # Behaviour cloning is the base policy, which the losses of all others train.
         learning = [method for method in cfg.methods if method != "bc"]
@@ -211,6 +212,7 @@ class Program:
         if self.cfg.policies is None:
             features = self.observation_dim + self.action_dim + 1
             network = self._stack(self._first_windows.num_seeds, features, self.action_dim)
+            network.standardize_inputs_(*self.policy_units)
         else:
             expected = {key: self.cfg[key] for key in ("chunk_size", "hidden_sizes", "activation")}
             trained = [
@@ -222,8 +224,7 @@ class Program:
         return policy.to(self.device)
 
     def _stack(self, num_models: int, in_features: int, out_features: int = 1, layer_norm=False):
-        """Networks that start as if observations were standardised."""
-        network = StackedVelocityMLP(
+        return StackedVelocityMLP(
             num_models,
             in_features,
             out_features,
@@ -231,7 +232,10 @@ class Program:
             activation=self.cfg.activation,
             layer_norm=layer_norm,
         )
-        return network.standardize_inputs_(*self.statistics)
+
+    def _value_stack(self, num_models: int, in_features: int) -> StackedVelocityMLP:
+        network = self._stack(num_models, in_features, layer_norm=self.cfg.layer_norm)
+        return network.standardize_inputs_(*self.value_units)
 
     def _make_loss(self, method: str) -> torch.nn.Module:
         """The loss of a method over its stack of value networks."""
@@ -241,10 +245,7 @@ class Program:
         features = self.observation_dim + self.action_dim
         num_critics = check_positive(f"num_critics.{method}", self.cfg.num_critics[method])
         if method == "evor":
-            networks = [
-                self._stack(len(settings), features + 2, layer_norm=self.cfg.layer_norm)
-                for _ in range(num_critics)
-            ]
+            networks = [self._value_stack(len(settings), features + 2) for _ in range(num_critics)]
             steps, solver = self.cfg.value_steps, self.cfg.value_solver
             returns = ReturnFlow(networks, steps, solver=solver, loc=loc, scale=scale)
             loss = EVORLoss(
@@ -257,7 +258,7 @@ class Program:
             )
             return loss.make_value_estimator(gamma=self.gamma)
         models = num_critics * len(settings)
-        network = self._stack(models, features, layer_norm=self.cfg.layer_norm)
+        network = self._value_stack(models, features)
         critic = ScalarCritic(network, num_critics=num_critics, loc=loc, scale=scale)
         if method == "scalar":
             loss = CriticLoss(self.policy, critic, next_action="dataset", reduction="none")
@@ -358,6 +359,7 @@ def training_settings(cfg: DictConfig, gamma: float, origin: str) -> dict[str, o
         "policy_steps": cfg.policy_steps,
         "gamma": gamma,
         "tau": cfg.tau,
+        "value_spread": value_spread(cfg),
         "value_activation": cfg.activation,
         "layer_norm": cfg.layer_norm,
         "value_steps": cfg.value_steps,
@@ -368,6 +370,11 @@ def training_settings(cfg: DictConfig, gamma: float, origin: str) -> dict[str, o
         "num_critics": cfg.num_critics.qc,
         "next_candidates": cfg.qc_candidates,
     }
+
+
+def value_spread(cfg: DictConfig) -> float:
+    """Standard deviation of the observations as value networks see them."""
+    return cfg.data.observation_spread if cfg.value_spread is None else cfg.value_spread
 
 
 def load_task(cfg: DictConfig, name: str, task: int, gamma: float) -> OGBenchExperienceReplay:
@@ -412,7 +419,8 @@ def main(cfg: DictConfig) -> None:
 
 def train_all(cfg: DictConfig, output: Path, device: torch.device) -> dict[Path, str]:
     """Trains and writes all agents; returns their files with their methods."""
-    utils.check_spread(cfg.data.observation_spread)
+    utils.check_spread("data.observation_spread", cfg.data.observation_spread)
+    utils.check_spread("value_spread", value_spread(cfg))
     programs = [Program(cfg, env.name, env.gamma, device) for env in cfg.envs]
     seconds = train(cfg, programs)
     tqdm.write(f"{programs[0].num_updates} updates in {seconds:.0f} s")

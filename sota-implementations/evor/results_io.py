@@ -122,7 +122,7 @@ _POLICY_TRAINING = (
     *("data", "lr", "schedule", "observation_spread"),
     *("policy_hidden", "policy_activation", "policy_steps"),
 )
-_VALUE_TRAINING = ("gamma", "tau", "value_activation", "layer_norm")
+_VALUE_TRAINING = ("gamma", "tau", "value_spread", "value_activation", "layer_norm")
 _OWN_TRAINING = {
     "evor": ("value_steps", "value_solver", "td_target", "next_action", "bound_returns"),
     "scalar": ("next_action",),

@@ -47,7 +47,8 @@ def make_sizes(cfg: DictConfig, data: OGBenchExperienceReplay) -> baselines.Size
     z = (data.empirical_returns(cfg.loss.gamma) - loc) / scale
     return dataclasses.replace(
         plain_sizes(cfg, row["observation"].shape[-1], row["action"].shape[-1]),
-        observation_statistics=utils.input_units(cfg.data.observation_spread, data),
+        policy_statistics=utils.input_units(cfg.data.observation_spread, data),
+        value_statistics=utils.input_units(utils.value_spread(cfg), data),
         loc=loc,
         scale=scale,
         return_bounds=utils.return_bounds(cfg, data),

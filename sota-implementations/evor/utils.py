@@ -84,7 +84,8 @@ def check_config(cfg: DictConfig) -> None:
         raise ValueError(
             f"optim.schedule must be 'constant' or 'cosine', got {cfg.optim.schedule!r}."
         )
-    check_spread(cfg.data.observation_spread)
+    check_spread("data.observation_spread", cfg.data.observation_spread)
+    check_spread("value.observation_spread", value_spread(cfg))
     _check_options(cfg)
     if cfg.resume is not None:
         if not Checkpoint.is_checkpoint(cfg.resume):
@@ -181,6 +182,7 @@ def make_networks(cfg: DictConfig, data: OGBenchExperienceReplay, device: torch.
     returns.set_normalization(*data.return_statistics(cfg.loss.gamma))
     units = input_units(cfg.data.observation_spread, data)
     policy.module.velocity_network.standardize_inputs_(*units)
+    units = input_units(value_spread(cfg), data)
     for network in returns.members:
         network.standardize_inputs_(*units)
     return policy.to(device), returns.to(device)
@@ -195,20 +197,22 @@ def input_units(spread: float, data: OGBenchExperienceReplay) -> tuple[Tensor, T
     Args:
         spread (float): standard deviation of the observations as networks see them.
         data (OGBenchExperienceReplay): where the observations come from.
-
-    Raises:
-        ValueError: if ``spread`` is not positive and finite.
     """
     mean, deviation = data.observation_statistics()
-    return mean, deviation / check_spread(spread)
+    return mean, deviation / spread
 
 
-def check_spread(spread: float) -> float:
-    """The value of ``data.observation_spread``."""
+def value_spread(cfg: DictConfig) -> float:
+    """Standard deviation of the observations as value networks see them."""
+    spread = cfg.value.observation_spread
+    return cfg.data.observation_spread if spread is None else spread
+
+
+def check_spread(name: str, spread: float) -> None:
+    """Raises a ValueError that names the option if it is not positive and finite."""
     number = isinstance(spread, (int, float)) and not isinstance(spread, bool)
     if not number or not 0 < spread < math.inf:
-        raise ValueError(f"observation_spread must be positive and finite, got {spread!r}.")
-    return spread
+        raise ValueError(f"{name} must be positive and finite, got {spread!r}.")
 
 
 def build_networks(cfg: DictConfig, observation_dim: int, action_dim: int):
@@ -509,6 +513,7 @@ def training_settings(cfg: DictConfig, origin: str) -> dict[str, object]:
         "policy_steps": cfg.policy.num_steps,
         "gamma": cfg.loss.gamma,
         "tau": cfg.loss.tau,
+        "value_spread": value_spread(cfg),
         "value_activation": cfg.value.activation,
         "layer_norm": cfg.value.layer_norm,
         "value_steps": cfg.value.num_steps,
