@@ -71,7 +71,7 @@ def run(name: str, cfg: DictConfig, path: Path, device: torch.device) -> None:
             "seed": cfg.seed,
             "update": end,
             "n_step": cfg.data.n_step,
-            "num_transitions": cfg.data.num_transitions,
+            "num_transitions": len(data.transitions),
             "hidden": "x".join(map(str, cfg.value.hidden_sizes)),
             "settings": settings(cfg),
             "device": utils.device_name(device),
@@ -94,6 +94,8 @@ def settings(cfg: DictConfig) -> str:
         "policy_steps": cfg.policy.num_steps,
         "value_steps": cfg.value.num_steps,
     }
+    if cfg.value.observation_spread is not None:
+        parts["value_spread"] = cfg.value.observation_spread
     if cfg.loss.next_action == "improved":
         parts.update({f"improved.{name}": value for name, value in cfg.loss.improved.items()})
     return " ".join(f"{name}={value}" for name, value in parts.items())
