@@ -94,20 +94,23 @@ def q_star(returns: Tensor, tau_r: float, log_weights: Tensor | None = None) -> 
         >>> q_star(torch.tensor([1.0, 3.0]), math.inf), q_star(torch.tensor([1.0, 3.0]), 0.0)
         (tensor(2.), tensor(3.))
     """
-    if log_weights is None:
-        log_weights = returns.new_full((returns.shape[-1],), -math.log(returns.shape[-1]))
     if math.isinf(tau_r):
-        return (returns * log_weights.exp()).sum(-1)
-    weightless = log_weights == -math.inf
-    top = returns.masked_fill(weightless, -math.inf).amax(-1, keepdim=True)
+        return returns.mean(-1) if log_weights is None else (returns * log_weights.exp()).sum(-1)
+    nodes = returns
+    if log_weights is not None:
+        nodes = returns.masked_fill(log_weights == -math.inf, -math.inf)
+    top = nodes.amax(-1, keepdim=True)
     if tau_r == 0:
         return top.squeeze(-1)
-    # expm1 and log1p keep the digits that cancel in a logsumexp when tau_r is large. Under a top
-    # node of hardly any weight it is the excess that cancels, to -1.
-    depth = ((returns - top) / tau_r).masked_fill(weightless, 0.0)
-    excess = (log_weights.exp() * torch.expm1(depth)).sum(-1)
-    soft = torch.logsumexp(returns / tau_r + log_weights, -1)
-    return torch.where(excess < -0.5, tau_r * soft, top.squeeze(-1) + tau_r * torch.log1p(excess))
+    # expm1 and log1p keep the digits that cancel in a logsumexp when tau_r is large.
+    depth = torch.expm1((nodes - top) / tau_r)
+    excess = depth.mean(-1) if log_weights is None else (log_weights.exp() * depth).sum(-1)
+    value = top.squeeze(-1) + tau_r * torch.log1p(excess)
+    if log_weights is None:
+        return value
+    # Under a top node of hardly any weight it is the excess that cancels, to -1.
+    soft = tau_r * torch.logsumexp(nodes / tau_r + log_weights, -1)
+    return torch.where(excess < -0.5, soft, value)
 
 
 def choose_candidate(q: Tensor, gumbel: Tensor | None, tau_q: float) -> Tensor:
