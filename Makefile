@@ -2,8 +2,8 @@
 # Both set up a virtual environment in .venv on first use.
 PYTHON ?= python3
 VENV ?= .venv
-# On a machine without CUDA a bare torch may bring gigabytes of CUDA packages.
-# TORCH=torch on a GPU machine takes the build for your CUDA.
+# What pip is asked for: a package, and options if you like. On Linux the default index has the
+# build for CUDA, a download of some gigabytes; that for CPUs alone has an index of its own.
 TORCH ?= torch==2.13.0
 RUN = $(VENV)/bin/python
 # setuptools warns of folders that have the name of a package, which ours has on purpose.
@@ -31,7 +31,7 @@ $(VENV)/bin/python:
 	$(PIP) --upgrade pip
 
 $(VENV)/.torch: $(VENV)/bin/python
-	$(PIP) "$(TORCH)"
+	$(PIP) $(TORCH)
 	touch $@
 
 $(VENV)/.train: $(VENV)/.torch setup.py

@@ -345,6 +345,27 @@ def test_improved_options_reach_every_loss():
         assert {name: getattr(made, name) for name in options} == options
 
 
+@pytest.mark.parametrize(
+    "overrides, n_step",
+    [
+        (["method=scalar"], 50),
+        (["method=evor"], 50),
+        (["method=qc"], 1),
+        (["method=iql"], 1),
+        (["method=iql", "data.n_step=7"], 7),
+    ],
+)
+def test_windows_of_a_method(overrides, n_step):
+    """Critics of the same problem read the same windows unless told otherwise."""
+    import train_baseline
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        cfg = compose("baselines", overrides=overrides)
+    train_baseline.resolve_n_step(cfg)
+    assert cfg.data.n_step == n_step
+
+
 @pytest.mark.parametrize("option", ["value.num_flows=3", "loss.bound_returns=true"])
 def test_options_of_the_flow_alone(option):
     """No other method has them, so none takes them in silence."""
@@ -771,11 +792,14 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
     options += ["num_critics.evor=3"]
     torch.manual_seed(0)
     first = program()
+    first.num_updates = 3
     for method in ("evor", "scalar"):
         for setting, agent in first.agents(method):
             agents.save(tmp_path, TASK, method, setting, agent, first, 60.0)
     torch.manual_seed(1)
     second = program(f"policies={tmp_path}")
+    assert first.training_text("scalar").endswith("layer_norm=False next_action=dataset")
+    assert second.training_text("scalar") == f"{first.training_text('scalar')} policy_updates=3"
     before = {key: value.clone() for key, value in second.losses["scalar"].state_dict().items()}
     second.update()
     trained = dict(second.policy.named_parameters())
@@ -807,6 +831,8 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
         program(f"policies={tmp_path}", "seeds=[0,7]")
     with pytest.raises(ValueError, match=r"hidden_sizes=\[8\] must be that of the base policy"):
         program(f"policies={tmp_path}", "hidden_sizes=[8]")
+    with pytest.raises(ValueError, match=r"lr=0.5 must be .* was trained with [0-9.]+\."):
+        program(f"policies={tmp_path}", "lr=0.5")
 
 
 @pytest.mark.slow

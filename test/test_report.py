@@ -105,6 +105,7 @@ class TestRows:
             ({"success": float("nan")}, "success must be finite, got nan"),
             ({"return_mean": float("-inf")}, "return_mean must be finite"),
             ({"tau_r": float("nan")}, "tau_r must be finite"),
+            ({"tau_q": float("nan")}, "tau_q must be finite"),
             ({"episodes": 0}, "episodes must be at least 1"),
             ({"task": 0}, "task must be at least 1"),
             ({"seed": 0.5}, "seed must be of type int, got 0.5"),
@@ -262,6 +263,15 @@ class TestReport:
         add_all(root, "evor", [[1.0], [1.0]])
         add_all(root, "evor", [[1.0], [1.0], [1.0]], env="scene-play")
         assert "evor is left out: [2, 3] seeds" in run(root)
+
+    def test_mixed_data_are_an_error(self, root):
+        for method, data in (("evor", "official"), ("bc", "local-seed0-1000000")):
+            add_all(root, method, [[1.0], [1.0]], training=f"data={data} lr=0.1")
+        add_all(root, "iql", [[1.0], [1.0]], training="lr=0.1")  # an older row
+        with pytest.raises(
+            ValueError, match="methods of different data would share a table: .*'off"
+        ):
+            run(root)
 
     @pytest.mark.parametrize(
         "column, value", [("protocol", "large"), ("num_transitions", 5), ("episodes", 50)]

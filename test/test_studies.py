@@ -76,7 +76,8 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
         num_updates=3,
         windows=windows,
         cfg=cfg,
-        training_settings=many.training_settings(config("many"), gamma=0.9, origin="official"),
+        training_text=lambda method: f"data=official method={method}",
+        policy_updates=3,
         device=torch.device("cpu"),
     )
     return agents.save(folder, TASK["env"], method, setting, agent, program, train_seconds=60.0)

@@ -30,6 +30,7 @@ from torchrl_evor import (
     VelocityMLP,
 )
 from torchrl_evor.envs import rollout_episodes
+from torchrl_evor.modules.functional import check_positive
 
 
 @dataclass
@@ -61,7 +62,8 @@ def save(
         "value_steps": program.cfg.value_steps,
         "value_solver": program.cfg.value_solver,
         "batch_size": program.cfg.data.batch_size,
-        "training": results_io.training_text(method, program.training_settings),
+        "training": program.training_text(method),
+        "policy_updates": program.policy_updates,
         "train_seconds": train_seconds,
         "peak_memory_mb": utils.peak_memory_mb(program.device),
         "loc": agent.loc,
@@ -81,7 +83,7 @@ def save(
 
 def read(path: Path) -> dict:
     """Content of an agent file, with the defaults of what is younger than the file."""
-    unknown = dict.fromkeys(("training", "train_seconds", "peak_memory_mb"))
+    unknown = dict.fromkeys(("training", "policy_updates", "train_seconds", "peak_memory_mb"))
     younger = {"chunk_size": 1, "layer_norm": True, **unknown}
     return {**younger, **torch.load(path, map_location="cpu", weights_only=True)}
 
@@ -138,14 +140,17 @@ def build(content: dict, device: torch.device | str = "cpu", **actor_options):
     return EVORActor(policy, returns, **actor_options).to(device)
 
 
-def load_policy(folder: Path, env: str, seed: int, expected: dict) -> VelocityMLP:
-    """Network of the base policy of a seed, which its agents share.
+def load_policy(
+    folder: Path, env: str, seed: int, expected: dict, training: str
+) -> tuple[VelocityMLP, int]:
+    """Network of the base policy of a seed, which its agents share, and its updates.
 
     Args:
         folder (Path): where :func:`save` wrote agents.
         env (str): environment whose data it imitates.
         seed (int): seed of the agents.
         expected (dict): entries that the file must hold.
+        training (str): what the training of the policy must have been, as far as the file says.
 
     Raises:
         ValueError: if there is none, or it has other settings.
@@ -160,7 +165,15 @@ def load_policy(folder: Path, env: str, seed: int, expected: dict) -> VelocityML
                 f"{key}={value} must be that of the base policy in policies: "
                 f"{paths[0]} has {content[key]}."
             )
-    return _network(content, content["policy"], layer_norm=False)
+    theirs = results_io.parse_training(content["training"])
+    for key, value in results_io.parse_training(training).items():
+        if theirs.get(key, value) != value:
+            raise ValueError(
+                f"{key}={value} must be that of the base policy in policies: "
+                f"{paths[0]} was trained with {theirs[key]}."
+            )
+    policy = _network(content, content["policy"], layer_norm=False)
+    return policy, content["policy_updates"] or content["num_updates"]
 
 
 def _network(content: dict, state: dict, layer_norm: bool) -> VelocityMLP:
@@ -177,7 +190,9 @@ def _network(content: dict, state: dict, layer_norm: bool) -> VelocityMLP:
     return network
 
 
-def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: dict) -> dict:
+def evaluate_file(
+    path: Path, device: str, episodes: int, num_envs: int, seed: int, options: dict
+) -> dict:
     """Outcome of one agent file with some options of its actor; runs in a process of its own."""
     torch.set_num_threads(1)
     content = read(path)
@@ -190,7 +205,7 @@ def evaluate_file(path: Path, device: str, episodes: int, seed: int, options: di
             actor,
             episodes,
             seed=seed,
-            num_envs=episodes,
+            num_envs=num_envs,
             chunk_size=content["chunk_size"],
             device=device,
         )
@@ -220,11 +235,13 @@ def evaluate_all(cfg: DictConfig, files: dict[Path, str], device) -> None:
         for path, method in files.items()
         for tau in (cfg.tau_rs if method == "evor" else [math.inf])
     ]
-    processes = cfg.eval.processes or os.cpu_count()
+    check_positive("eval.num_envs", cfg.eval.num_envs)
+    processes = cfg.eval.processes or len(os.sched_getaffinity(0))
+    evaluation = cfg.eval.episodes, cfg.eval.num_envs, cfg.eval.seed
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
         futures = [
-            pool.submit(evaluate_file, path, str(device), cfg.eval.episodes, cfg.eval.seed, options)
+            pool.submit(evaluate_file, path, str(device), *evaluation, options)
             for path, options in jobs
         ]
         finished = concurrent.futures.as_completed(futures)

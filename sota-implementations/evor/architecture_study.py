@@ -76,7 +76,7 @@ def make_variants(cfg: DictConfig) -> dict[str, DictConfig]:
         unknown = sorted(set(changes or {}) - set(SETTINGS))
         if unknown:
             raise ValueError(f"variants.{name} may set {SETTINGS}, got {unknown}.")
-        settings = OmegaConf.to_container(cfg)
+        settings = OmegaConf.to_container(cfg, resolve=True)
         settings.update(settings["base"])
         settings.update(OmegaConf.to_container(changes or OmegaConf.create()))
         variants[name] = OmegaConf.create(settings)

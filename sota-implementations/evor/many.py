@@ -20,6 +20,7 @@ from pathlib import Path
 
 import agents
 import hydra
+import results_io
 import torch
 import utils
 from hydra.core.hydra_config import HydraConfig
@@ -206,6 +207,9 @@ class Program:
         terms = self._compute_terms
         self.compute_terms = torch.compile(terms) if cfg.compile else terms
         self.num_updates = 0
+        if on_cuda:
+            # Streams do not wait for each other: what is set up above belongs to the default one.
+            self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def _make_policy(self) -> FlowMatchingPolicy:
         """One base policy for each seed, shared by all methods and tasks."""
@@ -215,11 +219,19 @@ class Program:
             network.standardize_inputs_(*self.policy_units)
         else:
             expected = {key: self.cfg[key] for key in ("chunk_size", "hidden_sizes", "activation")}
-            trained = [
-                agents.load_policy(Path(self.cfg.policies), self.name, seed, expected)
+            training = results_io.training_text("bc", self.training_settings)
+            kept = [
+                agents.load_policy(Path(self.cfg.policies), self.name, seed, expected, training)
                 for seed in self.cfg.seeds
             ]
-            network = StackedVelocityMLP.from_models(trained).requires_grad_(False)
+            networks, updates = zip(*kept)
+            if len(set(updates)) > 1:
+                raise ValueError(
+                    f"policies={str(self.cfg.policies)!r} must hold base policies of one number of "
+                    f"updates for all seeds, got {updates}."
+                )
+            self._policy_updates = updates[0]
+            network = StackedVelocityMLP.from_models(networks).requires_grad_(False)
         policy = FlowMatchingPolicy(network, self.action_dim, self.cfg.policy_steps)
         return policy.to(self.device)
 
@@ -301,6 +313,18 @@ class Program:
         self.metrics.copy_(torch.stack([term.detach().mean() for term in terms]))
 
     @property
+    def policy_updates(self) -> int:
+        """Updates of the base policies, which may come from an earlier run."""
+        return self.num_updates if self.cfg.policies is None else self._policy_updates
+
+    def training_text(self, method: str) -> str:
+        """What the training of a method depends on, for its rows."""
+        text = results_io.training_text(method, self.training_settings)
+        if self.policy_updates != self.num_updates:
+            text += f" policy_updates={self.policy_updates}"
+        return text
+
+    @property
     def _first_windows(self) -> TaskWindows:
         return next(iter(self.windows.values()))
 
@@ -319,6 +343,11 @@ class Program:
             self.scheduler.step()
         if self.num_updates == 10:
             self._capture()
+
+    def synchronize(self) -> None:
+        """Waits until the updates so far are done."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def _capture(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -398,12 +427,16 @@ def train(cfg: DictConfig, programs: list[Program]) -> float:
                 program.update()
             if step % cfg.logger.interval and step < cfg.num_updates:
                 continue
-            # Reading the losses waits for the device, which keeps its queue short.
+            # Which keeps the queue of the device short, too.
+            for program in programs:
+                program.synchronize()
             losses = {p.name: [f"{x:.3g}" for x in p.metrics.tolist()] for p in programs}
             bar.update(step - bar.n)
             bar.set_postfix(losses)
             if cfg.max_seconds is not None and time.perf_counter() - start > cfg.max_seconds:
                 break
+    for program in programs:
+        program.synchronize()
     return time.perf_counter() - start
 
 

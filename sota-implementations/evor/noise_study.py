@@ -68,6 +68,8 @@ def train(cfg: DictConfig, folder: Path, seed: int) -> Path:
     ]
     if cfg.device is not None:
         command.append(f"device={cfg.device}")
+    if cfg.num_threads is not None:
+        command.append(f"num_threads={cfg.num_threads}")
     if (run / "checkpoint").exists():
         command.append(f"resume={run / 'checkpoint'}")
     if subprocess.run(command).returncode:

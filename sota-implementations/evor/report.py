@@ -27,7 +27,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from results_io import COLUMNS, SETTINGS, ResultRow, parse_value, read_rows, write_text
+from results_io import (
+    COLUMNS,
+    SETTINGS,
+    ResultRow,
+    parse_training,
+    parse_value,
+    read_rows,
+    write_text,
+)
 
 from torchrl_evor.record import (
     iqm,
@@ -138,6 +146,10 @@ def _check_comparable(env: str, methods: list[Method]) -> None:
                 f"{env}: methods of different {column} would share a table: {values}. "
                 f"Choose with --where {column}=..."
             )
+    data = {method.name: settings_of(method.rows[0]).get("data") for method in methods}
+    # Older rows do not say which data they are of.
+    if len(set(data.values()) - {None}) > 1:
+        raise ValueError(f"{env}: methods of different data would share a table: {data}.")
     tasks = {method.name: method.tasks for method in methods}
     if len(set(map(tuple, tasks.values()))) > 1:
         raise ValueError(f"{env}: all methods must have the same tasks, got {tasks}.")
@@ -296,9 +308,9 @@ def settings_list(methods: list[Method]) -> str:
 def settings_of(row: ResultRow) -> dict[str, str]:
     """The settings of a row, those of its training by their own names."""
     values = {name: getattr(row, name) for name in SETTINGS}
-    training = values.pop("training") or ""
+    training = parse_training(values.pop("training"))
     texts = {name: str(value) for name, value in values.items() if value is not None}
-    return {**texts, **dict(part.split("=", 1) for part in training.split())}
+    return {**texts, **training}
 
 
 def show_settings(settings: dict[str, str]) -> str:

@@ -150,7 +150,7 @@ def _check_field(name: str, kind: str, value: object) -> None:
             raise ValueError(f"{name} must be a text that is not empty, got {value!r}.")
     elif isinstance(value, bool) or not isinstance(value, int if base == "int" else (int, float)):
         raise ValueError(f"{name} must be of type {base}, got {value!r}.")
-    elif math.isnan(value) or (math.isinf(value) and name != "tau_r"):
+    elif math.isnan(value) or (math.isinf(value) and name not in ("tau_r", "tau_q")):
         raise ValueError(f"{name} must be finite, got {value!r}.")
     elif value < 0 and name != "return_mean":
         raise ValueError(f"{name} must be at least 0, got {value!r}.")
@@ -173,6 +173,11 @@ def training_text(method: str, settings: Mapping[str, object]) -> str:
         text = f"{value:g}" if type(value) in (int, float) else str(value)
         parts.append(f"{name}={text}")
     return " ".join(parts)
+
+
+def parse_training(text: str | None) -> dict[str, str]:
+    """What :func:`training_text` put together, by name."""
+    return dict(part.split("=", 1) for part in (text or "").split())
 
 
 def command() -> str:

@@ -93,9 +93,15 @@ def settings(cfg: DictConfig) -> str:
         "spread": cfg.data.observation_spread,
         "policy_steps": cfg.policy.num_steps,
         "value_steps": cfg.value.num_steps,
+        "value_spread": utils.value_spread(cfg),
+        "layer_norm": cfg.value.layer_norm,
+        "num_flows": cfg.value.num_flows,
+        "bound_returns": cfg.loss.bound_returns,
+        "next_candidates": cfg.baseline.num_candidates,
+        "schedule": cfg.optim.schedule,
+        # Where a schedule ends, a row in the middle of a longer one is another training.
+        "num_updates": cfg.optim.num_updates,
     }
-    if cfg.value.observation_spread is not None:
-        parts["value_spread"] = cfg.value.observation_spread
     if cfg.loss.next_action == "improved":
         parts.update({f"improved.{name}": value for name, value in cfg.loss.improved.items()})
     return " ".join(f"{name}={value}" for name, value in parts.items())

@@ -22,6 +22,13 @@ from tqdm import tqdm
 from torchrl_evor import OGBenchExperienceReplay
 
 
+def resolve_n_step(cfg: DictConfig) -> None:
+    """Fills in the windows of a method that are not given."""
+    if cfg.data.n_step is None:
+        defaults = OmegaConf.load(Path(__file__).with_name("config.yaml"))
+        cfg.data.n_step = 1 if cfg.method in ("qc", "iql") else defaults.data.n_step
+
+
 def plain_sizes(cfg: DictConfig, observation_dim: int, action_dim: int) -> baselines.Sizes:
     """Sizes of the configuration, without units; ``action_dim`` is that of a chunk."""
     return baselines.Sizes(
@@ -83,6 +90,7 @@ def make_agent(cfg: DictConfig, sizes: baselines.Sizes, device: torch.device):
 
 @hydra.main(config_path=".", config_name="baselines", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    resolve_n_step(cfg)
     utils.check_config(cfg)
     output = Path(HydraConfig.get().runtime.output_dir)
     device = utils.choose_device(cfg.device)
