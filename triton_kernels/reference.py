@@ -94,6 +94,8 @@ def q_star(returns: Tensor, tau_r: float, log_weights: Tensor | None = None) -> 
         >>> q_star(torch.tensor([1.0, 3.0]), math.inf), q_star(torch.tensor([1.0, 3.0]), 0.0)
         (tensor(2.), tensor(3.))
     """
+    if returns.dtype in (torch.float16, torch.bfloat16):  # too short for sums over many nodes
+        return q_star(returns.float(), tau_r, log_weights).to(returns.dtype)
     if math.isinf(tau_r):
         return returns.mean(-1) if log_weights is None else (returns * log_weights.exp()).sum(-1)
     nodes = returns

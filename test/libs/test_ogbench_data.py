@@ -10,6 +10,7 @@ import contextlib
 import functools
 import http.server
 import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ from torchrl_evor.data.datasets import (
     _ogbench_windows,
     ogbench,
 )
+from torchrl_evor.data.datasets._ogbench_arrays import label_rewards
 from torchrl_evor.data.datasets._ogbench_download import download_npz
 from torchrl_evor.data.datasets._ogbench_windows import discounted_sums, empirical_returns
 
@@ -518,12 +520,16 @@ class TestReplay:
     def test_preprocess(self, make, tmp_path):
         data = make(n_step=3)
 
+        before = data.transitions["observation"].clone()
+
         def double(rows):
-            return rows.set("observation", rows["observation"] * 2)
+            rows["observation"] *= 2  # in place: TorchRL tries fn on the first row
+            return rows
 
         new = data.preprocess(double, num_workers=1, dest=tmp_path / "new")
         assert len(new) == 50
-        assert torch.equal(new[:]["observation"], data.transitions["observation"] * 2)
+        assert torch.equal(data.transitions["observation"], before)
+        assert torch.equal(new[:]["observation"], before * 2)
         # single transitions, not windows
         assert torch.equal(new[:]["next", "reward"], data.transitions["next", "reward"])
 
@@ -695,6 +701,8 @@ class TestBadInput:
                 {"source": "local", "num_transitions": 0},
                 "num_transitions must be an integer >= 1, got 0",
             ),
+            ({"seed": 3}, "seed=3 belongs to a local collection: .* got source='auto'"),
+            ({"num_workers": 1}, "num_workers=1 belongs to a local collection"),
             ({"source": "local", "directory": "x"}, "directory must not be given"),
         ],
     )
@@ -951,6 +959,65 @@ def test_memory_of_a_million_transitions(tmp_path):
         length, growth, read = map(int, done.stdout.split()[-3:])
         assert length == 1_000_000 and read > 60e6
         assert growth <= limit * read  # measured: 1.17 to 1.20, the second at times more
+
+
+class TestWindowStorage:
+    data = ogbench_arrays_to_tensordict(arrays(lengths=(40, 10)))
+
+    @pytest.mark.parametrize("index", [3, -1, slice(None), slice(2, 9, 3), torch.tensor(3), [1, 2]])
+    def test_items_are_copies(self, index):
+        storage = WindowStorage(self.data.clone(), n_step=2)
+        before, rows = storage[:], torch.arange(len(storage))
+        expected = before[rows[index]]
+        item = storage[index]
+        assert (item == expected).all() and item.shape == rows[index].shape
+        item.apply_(lambda tensor: tensor.zero_())
+        assert (storage[:] == before).all()
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"n_step": 0}, "n_step must be an integer >= 1, got 0"),
+            ({"n_step": 2.5}, "n_step must be an integer >= 1, got 2.5"),
+            ({"chunk_size": 0}, "chunk_size must be an integer >= 1, got 0"),
+            ({"gamma": 1.5}, r"gamma must lie in \[0, 1\], got 1.5"),
+            ({"gamma": math.nan}, r"gamma must lie in \[0, 1\], got nan"),
+        ],
+    )
+    def test_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            WindowStorage(self.data, **options)
+
+    @pytest.mark.parametrize("key", ["episode", ("next", "action"), ("next", "reward")])
+    def test_missing_entry(self, key):
+        with pytest.raises(KeyError) as caught:
+            WindowStorage(self.data.exclude(key))
+        assert f"data must have the entry {key!r}, got [" in caught.value.args[0]
+
+    def test_trajectories_in_pieces(self):
+        data = self.data.clone()
+        data["episode"] = torch.arange(len(data)) % 2
+        with pytest.raises(ValueError, match="episode must number whole trajectories, got 2 num"):
+            WindowStorage(data)
+
+
+@needs_ogbench
+@pytest.mark.parametrize(
+    "states, message",
+    [
+        (np.zeros((5, 1)), r"shape \(5, 2\), got shape \(5, 1\)"),
+        (np.zeros((4, 2)), r"shape \(5, 2\), got shape \(4, 2\)"),
+        (np.full((5, 2), np.nan), "must be finite"),
+        (None, "lacks the array 'button_states'"),
+    ],
+)
+def test_states_of_buttons(states, message):
+    """Of another shape they would broadcast to rewards of nothing."""
+    task = "scene-singletask-task1-v0"
+    raw = {"qpos": np.zeros((5, 25), dtype=np.float32)}
+    raw.update({} if states is None else {"button_states": states})
+    with pytest.raises((ValueError, KeyError), match=message):
+        label_rewards(raw, task)
 
 
 def test_a_buffer_of_ones_own():

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import pickle
+import queue
 import runpy
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -342,6 +345,38 @@ class TestRestart:
         with pytest.raises(RuntimeError, match="other arguments.*'seed': 0.*'seed': 1"):
             collect(path, seed=1)
         assert collect(path).exists()
+
+    def test_a_finished_file_of_other_arguments(self, tmp_path):
+        path = collect(tmp_path / "x.npz")
+        before = path.read_bytes()
+        with pytest.raises(RuntimeError, match=r"other arguments.*'seed': \(0, 1\)"):
+            collect(path, seed=1)
+        with pytest.raises(RuntimeError, match="other arguments.*action_noise"):
+            collect(path, action_noise=0.5)
+        assert collect(path) == path and path.read_bytes() == before
+
+    def test_an_error_that_cannot_be_sent(self):
+        """It comes as text; a queue would drop it, and the parent would wait for ever."""
+
+        class Stubborn(Exception):
+            def __reduce__(self):
+                raise TypeError("not to be pickled")
+
+        class Plan:
+            def episodes(self, shard):
+                raise Stubborn("here")
+
+            behaviour = None
+
+        results = queue.Queue()
+        ogbench_scripted._work(Plan(), [0], results)
+        error = results.get_nowait()
+        assert type(error) is RuntimeError
+        pickle.dumps(error)
+
+    def test_workers_that_end_without_a_result(self):
+        with pytest.raises(RuntimeError, match="ended with exit code 0"):
+            ogbench_scripted._next_result(queue.Queue(), [SimpleNamespace(exitcode=0)])
 
     def test_an_existing_file_is_left_alone(self, tmp_path):
         path = tmp_path / "x.npz"

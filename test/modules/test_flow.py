@@ -122,8 +122,10 @@ class TestStandardizeInputs:
         [
             ([0.0, 0.0], [1.0], r"got \[2\] and \[1\]"),
             ([0.0] * 4, [1.0] * 4, "at most 3 inputs"),
-            ([0.0], [0.0], "scale must be positive, got a minimum of 0.0"),
+            ([0.0], [0.0], r"scale must be positive and finite, got \[0.0\]"),
             ([0.0], [math.nan], "scale must be positive"),
+            ([0.0], [math.inf], "scale must be positive and finite"),
+            ([math.nan], [1.0], r"loc must be finite, got \[nan\]"),
         ],
     )
     def test_bad_input(self, loc, scale, message):
@@ -176,6 +178,20 @@ class TestFlowMatchingModel:
         action = model(torch.randn(*batch, 3, dtype=dtype))
         assert action.shape == (*batch, 2) and action.dtype == dtype
         assert (action.abs() <= 1).all()
+
+    @pytest.mark.parametrize("name", ["low", "high"])
+    def test_bounds_of_another_shape(self, name):
+        bounds = {"low": -1.0, "high": 1.0, name: torch.full((3,), 1.0 if name == "high" else -1.0)}
+        with pytest.raises(
+            ValueError, match=rf"{name} must be a number or of shape \(2,\), got \(3,"
+        ):
+            FlowMatchingModel(Constant(0.0), 2, **bounds)
+
+    def test_bounds_of_another_dtype(self):
+        """Those of a Gym space may be float64, which clamping would spread to the actions."""
+        bounds = {"low": torch.full((2,), -1.0).double(), "high": torch.ones(2).double()}
+        model = FlowMatchingModel(Constant(0.0), 2, **bounds)
+        assert model(torch.zeros(4, 3)).dtype == torch.float32
 
     def test_bounds_follow_the_module(self):
         assert dict(FlowMatchingModel(Constant(0.0), 2).to("meta").named_buffers()).keys() == {

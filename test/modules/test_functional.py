@@ -197,6 +197,23 @@ class TestGaussHermite:
             value = torch.logsumexp(s * nodes + log_weights, 0).item()
             assert value == pytest.approx(s * s / 2, rel=1e-9)
 
+    def test_gradients_in_the_tail(self):
+        """Where the excess cancels to -1, its branch is not taken, nor are its gradients."""
+        values = torch.tensor([0.0, 100.0], requires_grad=True)
+        log_weights = torch.tensor([0.0, -60.0])
+        value = log_mean_exp(values, 1.0, log_weights=log_weights)
+        (gradient,) = torch.autograd.grad(value, values)
+        assert value.item() == pytest.approx(40.0)
+        torch.testing.assert_close(gradient, torch.tensor([0.0, 1.0]))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_over_many_nodes(self, dtype):
+        values = (torch.arange(1024.0) / 1024).to(dtype)
+        value = log_mean_exp(values, 0.01)
+        assert value.dtype == dtype
+        expected = log_mean_exp(values.double(), 0.01)
+        torch.testing.assert_close(value.double(), expected, atol=0.01, rtol=0)
+
     def test_more_nodes_than_float64_holds(self):
         with pytest.raises(ValueError, match="num_nodes must be at most some 700, got 1024"):
             gauss_hermite_normal(1024)

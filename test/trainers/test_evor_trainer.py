@@ -9,11 +9,15 @@ import copy
 import pytest
 import torch
 from _known_laws import Chain
+from tensordict.nn import TensorDictModule
+from torch import nn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.objectives import SoftUpdate
+from torchrl.data.replay_buffers import RandomSampler, SamplerWithoutReplacement
+from torchrl.objectives import BCLoss, SoftUpdate
 from torchrl.record import CSVLogger
 
 from torchrl_evor import EVORLoss, FlowMatchingPolicy, ReturnFlow, VelocityMLP
+from torchrl_evor.data.datasets import WindowStorage
 from torchrl_evor.trainers import EVORTrainer, OfflineSource
 
 
@@ -165,15 +169,26 @@ class TestLogs:
 
 
 class TestCheckpoint:
-    def test_resumed_run_equals_an_unbroken_one(self, tmp_path):
-        buffer, unbroken, loss = make_buffer(), make_loss(), make_loss()
-        make_trainer(unbroken, replay_buffer=buffer, seed=1, total_updates=8).train()
+    @pytest.mark.parametrize("sampler", [RandomSampler, SamplerWithoutReplacement])
+    def test_resumed_run_equals_an_unbroken_one(self, tmp_path, sampler):
+        torch.manual_seed(0)
+        data = Chain().sample(64)
+
+        def buffer():
+            made = TensorDictReplayBuffer(
+                storage=LazyTensorStorage(64), batch_size=16, sampler=sampler()
+            )
+            made.extend(data)
+            return made
+
+        unbroken, loss = make_loss(), make_loss()
+        make_trainer(unbroken, replay_buffer=buffer(), seed=1, total_updates=8).train()
         path = tmp_path / "checkpoint"
         make_trainer(
-            loss, replay_buffer=buffer, seed=1, total_updates=5, checkpoint_path=path
+            loss, replay_buffer=buffer(), seed=1, total_updates=5, checkpoint_path=path
         ).train()
         resumed = make_loss(seed=9)
-        trainer = make_trainer(resumed, replay_buffer=buffer, total_updates=8).resume(path)
+        trainer = make_trainer(resumed, replay_buffer=buffer(), total_updates=8).resume(path)
         assert trainer.updates == 5
         trainer.train()
         assert_same_state(resumed, unbroken)
@@ -227,14 +242,24 @@ class TestBadInput:
 
     def test_two_discounts(self):
         """Windows of five steps by 0.99 with a value behind them by 0.9 are no return."""
-        buffer, loss = make_buffer(), make_loss().make_value_estimator(gamma=0.9)
-        buffer.n_step, buffer.chunk_size, buffer.gamma = 5, 1, 0.99
+        loss, ted = make_loss().make_value_estimator(gamma=0.9), Chain().sample(64)
+        ted["episode"] = torch.zeros(64, dtype=torch.int64)
+
+        def buffer(**windows):
+            return TensorDictReplayBuffer(storage=WindowStorage(ted, **windows), batch_size=16)
+
         with pytest.raises(ValueError, match="gamma of replay_buffer .* 0.9 .*, got 0.99"):
-            make_trainer(loss, replay_buffer=buffer)
-        buffer.n_step = 1  # nothing is discounted within a window of one step
-        make_trainer(loss, replay_buffer=buffer)
-        buffer.n_step, buffer.gamma = 5, 0.9
-        make_trainer(loss, replay_buffer=buffer)
+            make_trainer(loss, replay_buffer=buffer(n_step=5, gamma=0.99))
+        make_trainer(loss, replay_buffer=buffer(n_step=1, gamma=0.99))  # nothing is summed
+        make_trainer(loss, replay_buffer=buffer(n_step=5, gamma=0.9))
+
+    def test_discounts_of_a_loss_without(self):
+        """Behaviour cloning reads no reward."""
+        ted = Chain().sample(64)
+        ted["episode"] = torch.zeros(64, dtype=torch.int64)
+        actor = TensorDictModule(nn.Linear(4, 1), in_keys=["observation"], out_keys=["action"])
+        buffer = TensorDictReplayBuffer(storage=WindowStorage(ted, n_step=5), batch_size=16)
+        make_trainer(BCLoss(actor), updater=False, replay_buffer=buffer)
 
     def test_not_a_multiple(self):
         with pytest.raises(ValueError, match="total_updates must be a multiple .* got 6 and 4"):

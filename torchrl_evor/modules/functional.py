@@ -151,6 +151,8 @@ def log_mean_exp(
         [2.0, 1.0]
     """
     check_temperature("tau", tau)
+    if values.dtype in (torch.float16, torch.bfloat16):  # too short for sums over many nodes
+        return log_mean_exp(values.float(), tau, dim, log_weights).to(values.dtype)
     top = values.amax(dim, keepdim=True)
     if tau == 0:
         return top.squeeze(dim)
@@ -160,10 +162,12 @@ def log_mean_exp(
     # expm1 and log1p keep the digits that cancel when tau is large.
     depth = (values - top) / tau
     excess = (weights * torch.expm1(depth)).sum(dim)
-    soft = torch.log1p(excess)
-    if log_weights is not None:
-        # Under a top node of hardly any weight the excess cancels to -1.
-        soft = torch.where(excess < -0.5, torch.logsumexp(depth + log_weights, dim), soft)
+    if log_weights is None:
+        return top.squeeze(dim) + tau * torch.log1p(excess)
+    # Under a top node of hardly any weight the excess cancels to -1. Clamped, because a gradient
+    # of the branch that is not taken would be NaN.
+    soft = torch.log1p(excess.clamp_min(-0.5))
+    soft = torch.where(excess < -0.5, torch.logsumexp(depth + log_weights, dim), soft)
     return top.squeeze(dim) + tau * soft
 
 

@@ -92,8 +92,24 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
 
     Returns:
         Windows: sorted by their start.
+
+    Raises:
+        ValueError: if a number is out of range, or a trajectory lies in several pieces.
+        KeyError: if ``data`` lacks an entry, naming it.
     """
+    check_windows(n_step, chunk_size, gamma)
+    for key in (*_COLUMNS, ("next", "reward"), ("next", "terminated")):
+        if data.get(key, None) is None:
+            raise KeyError(
+                f"data must have the entry {key!r}, got {sorted(map(str, data.keys(True, True)))}."
+            )
     episode = data["episode"].numpy()
+    num_pieces = np.count_nonzero(_is_last(episode))
+    if num_pieces != len(np.unique(episode)):
+        raise ValueError(
+            f"episode must number whole trajectories, got {len(np.unique(episode))} numbers in "
+            f"{num_pieces} pieces."
+        )
     terminal = data["next", "terminated"].numpy().ravel()
     reward = data["next", "reward"].numpy().ravel()
     # Filled piece by piece, so that nothing is held twice; pages that stay empty cost nothing.
@@ -110,6 +126,20 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
             column[filled] = part
         count = filled.stop
     return Windows(*(torch.from_numpy(column[:count]) for column in columns))
+
+
+def check_counts(**counts) -> None:
+    """Raises a ValueError that names a count which is no integer of at least 1."""
+    for argument, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{argument} must be an integer >= 1, got {value!r}.")
+
+
+def check_windows(n_step: int, chunk_size: int, gamma: float) -> None:
+    """Raises a ValueError that names what of a window's shape is out of range."""
+    check_counts(n_step=n_step, chunk_size=chunk_size)
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}.")
 
 
 def _is_last(episode: np.ndarray) -> np.ndarray:
@@ -208,6 +238,8 @@ class WindowStorage(TensorStorage):
         chunk_size (int): actions per decision.
         gamma (float): the discount per step.
         device (torch.device, optional): where the data lie and samples are made.
+
+    Items are copies: what is done to them does not reach the data, nor their file.
     """
 
     def __init__(self, data, *, n_step=1, chunk_size=1, gamma=0.99, device="cpu"):
@@ -222,7 +254,7 @@ class WindowStorage(TensorStorage):
         super().__init__(data, device=device)
         self._len = len(windows.start)
         self.max_size = len(windows.start)
-        self._chunk_size = chunk_size
+        self.n_step, self.chunk_size, self.gamma = n_step, chunk_size, gamma
         # Plain views: indexing a memory-mapped tensor subclass costs several times as much.
         self._columns = {key: _plain(data[key]) for key in _COLUMNS}
         if chunk_size == 1:  # only longer chunks can run out of their trajectory
@@ -237,10 +269,13 @@ class WindowStorage(TensorStorage):
     def get(self, index) -> TensorDict:
         """The windows at ``index`` (int, slice, list or tensor), in TED layout."""
         windows = self._windows
-        if isinstance(index, (tuple, list, range, np.ndarray)):
-            index = torch.as_tensor(index[0] if isinstance(index, tuple) else index)
-        if isinstance(index, torch.Tensor):
-            index = index.to(windows.start.device)
+        if isinstance(index, tuple):
+            (index,) = index
+        if isinstance(index, slice):
+            index = range(*index.indices(len(self)))
+        index = torch.as_tensor(index, device=windows.start.device)
+        if not index.ndim:  # which would select views
+            return self.get(index.unsqueeze(0))[0]
         start, end = windows.start[index], windows.end[index]
         last = None if windows.last is None else windows.last[index]
         columns = self._columns
@@ -249,7 +284,7 @@ class WindowStorage(TensorStorage):
         done = windows.done[index].unsqueeze(-1)
         following = {
             "observation": columns["next", "observation"][end],
-            "action": gather_chunks(columns["next", "action"], end, self._chunk_size, last),
+            "action": gather_chunks(columns["next", "action"], end, self.chunk_size, last),
             "reward": windows.reward[index].unsqueeze(-1),
             "terminated": terminated,
             "truncated": done & ~terminated,
@@ -257,7 +292,7 @@ class WindowStorage(TensorStorage):
         }
         sample = {
             "observation": columns["observation"][start],
-            "action": gather_chunks(columns["action"], start, self._chunk_size, last),
+            "action": gather_chunks(columns["action"], start, self.chunk_size, last),
             "episode": columns["episode"][start],
             "steps_to_next_obs": (end - start + 1).unsqueeze(-1),
             "done": flags,

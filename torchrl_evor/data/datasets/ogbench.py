@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +40,12 @@ from torchrl_evor.data.datasets._ogbench_cache import (
 )
 from torchrl_evor.data.datasets._ogbench_download import download_npz
 from torchrl_evor.data.datasets._ogbench_names import SINGLE_TASKS, parse_task_name
-from torchrl_evor.data.datasets._ogbench_windows import WindowStorage, empirical_returns
+from torchrl_evor.data.datasets._ogbench_windows import (
+    WindowStorage,
+    check_counts,
+    check_windows,
+    empirical_returns,
+)
 from torchrl_evor.data.datasets.ogbench_scripted import collect_ogbench
 
 _has_ogbench = importlib.util.find_spec("ogbench") is not None
@@ -97,11 +105,12 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
             several things: cube double and more, scene, puzzle.
         num_transitions (int, optional): size of a local collection (its ``"val"`` has a
             tenth of it); the official size by default. Only for ``source="local"``.
-        seed (int, optional): seed of a local collection. Defaults to 0.
+        seed (int, optional): seed of a local collection, for which it defaults to 0.
         num_workers (int, optional): processes of a local collection.
         device (torch.device, optional): where the data lie. Defaults to ``"cpu"``; another
             device holds a copy of them.
-        sampler (Sampler, optional): defaults to a :class:`~torchrl.data.RandomSampler`.
+        sampler (Sampler, optional): defaults to a :class:`~torchrl.data.RandomSampler`. TorchRL's
+            slice samplers read whole columns: give them ``cache_values=True``.
         writer (Writer, optional): defaults to an immutable one.
         collate_fn (callable, optional): see :class:`~torchrl.data.TensorDictReplayBuffer`.
         pin_memory (bool, optional): see there.
@@ -140,7 +149,7 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         split: Literal["train", "val"] = "train",
         reward_type: Literal["default", "sparse"] = "default",
         num_transitions: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int | None = None,
         device: DEVICE_TYPING = "cpu",
         sampler: Sampler | None = None,
@@ -155,15 +164,16 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         _check_choice("split", split, ("train", "val"))
         _check_choice("reward_type", reward_type, ("default", "sparse"))
         _check_choice("download", download, (True, False, "force"))
-        _check_counts(batch_size=batch_size)
-        _check_windows(n_step, chunk_size, gamma)
-        _check_sources(source, directory, num_transitions)
+        check_counts(batch_size=batch_size)
+        check_windows(n_step, chunk_size, gamma)
+        collection = {"num_transitions": num_transitions, "seed": seed, "num_workers": num_workers}
+        _check_sources(source, directory, collection)
         self.dataset_id = dataset_id
         self.root = Path(root if root is not None else _get_root_dir("ogbench")).expanduser()
         self.directory = None if directory is None else Path(directory).expanduser()
         self.split, self.source, self.reward_type = split, source, reward_type
         self.n_step, self.chunk_size, self.gamma = n_step, chunk_size, gamma
-        self._collection = {"seed": seed, "num_workers": num_workers}
+        self._collection = {"seed": 0 if seed is None else seed, "num_workers": num_workers}
         self._num_transitions = num_transitions
         self._prepare(download)
         self._data = load_dataset_memmap(self._transitions_path, self.data_path)
@@ -183,7 +193,10 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
 
     @property
     def transitions(self) -> TensorDict:
-        """All transitions in TED layout, batch size ``[N]``: memory-mapped, read only."""
+        """All transitions in TED layout, batch size ``[N]``, memory-mapped.
+
+        To be read: an operation in place on one of its tensors writes to the cache on disk.
+        """
         return self._data
 
     @property
@@ -241,7 +254,12 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
                 self._convert()
 
     def _forget(self) -> None:
-        shutil.rmtree(self.data_path_root / self.split, ignore_errors=True)
+        # Renamed first: whoever looks finds all of it or nothing.
+        folder = self.data_path_root / self.split
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder, old)
+        shutil.rmtree(old, ignore_errors=True)
         if self.directory is None:
             self._npz_path.unlink(missing_ok=True)
         self.data_path.parent.mkdir(parents=True)
@@ -280,10 +298,11 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         """Maps ``fn`` over the single transitions (windows are only laid when sampling).
 
         Takes the arguments of :meth:`BaseDatasetExperienceReplay.preprocess` and returns, as it
-        does, a new :class:`~torchrl.data.TensorStorage`.
+        does, a new :class:`~torchrl.data.TensorStorage`. ``fn`` gets copies.
         """
         transitions = TensorDictReplayBuffer(storage=TensorStorage(self._data))
-        return BaseDatasetExperienceReplay.preprocess(transitions, fn, *args, **kwargs)
+        on_copy = functools.partial(_on_copy, fn)
+        return BaseDatasetExperienceReplay.preprocess(transitions, on_copy, *args, **kwargs)
 
     def empirical_returns(self, gamma: float | None = None) -> torch.Tensor:
         """Discounted return that the data earn from every transition on.
@@ -299,7 +318,7 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
             that start no window).
         """
         gamma = self.gamma if gamma is None else gamma
-        _check_windows(1, 1, gamma)
+        check_windows(1, 1, gamma)
         return empirical_returns(self._data, gamma)
 
     def return_statistics(self, gamma: float | None = None) -> tuple[float, float]:
@@ -364,36 +383,29 @@ def _dataset_url() -> str:
     return ogbench.utils.DATASET_URL
 
 
+def _on_copy(fn, rows: TensorDictBase) -> TensorDictBase:
+    return fn(rows.clone())
+
+
 def _check_choice(argument, value, allowed) -> None:
     if not any(value is a or (isinstance(a, str) and value == a) for a in allowed):
         raise ValueError(f"{argument} must be one of {allowed}, got {value!r}.")
 
 
-def _check_counts(**counts) -> None:
-    for argument, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{argument} must be an integer >= 1, got {value!r}.")
-
-
-def _check_windows(n_step, chunk_size, gamma) -> None:
-    _check_counts(n_step=n_step, chunk_size=chunk_size)
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}.")
-
-
-def _check_sources(source, directory, num_transitions) -> None:
+def _check_sources(source, directory, collection: dict) -> None:
     if source == "local" and directory is not None:
         raise ValueError(
             "source='local' collects its own data: directory must not be given with it "
             "(root names the place of the cache)."
         )
-    if num_transitions is not None:
-        _check_counts(num_transitions=num_transitions)
-    if source != "local" and num_transitions is not None:
-        raise ValueError(
-            f"num_transitions={num_transitions!r} is the size of a local collection: it needs "
-            f"source='local', got source={source!r}."
-        )
+    if collection["num_transitions"] is not None:
+        check_counts(num_transitions=collection["num_transitions"])
+    for argument, value in collection.items():
+        if source != "local" and value is not None:
+            raise ValueError(
+                f"{argument}={value!r} belongs to a local collection: it needs source='local', "
+                f"got source={source!r}."
+            )
 
 
 register_dataset("ogbench", "torchrl_evor.data:OGBenchExperienceReplay", replace=True)

@@ -16,6 +16,7 @@ import os
 import queue
 import shutil
 import signal
+import traceback
 from pathlib import Path
 from typing import Literal
 
@@ -84,12 +85,13 @@ def collect_ogbench(
         progress (bool, optional): show a progress bar if tqdm is installed.
 
     Returns:
-        Path: the file written. An existing file is left alone and returned.
+        Path: the file written. An existing file is left alone and returned. What it was made with
+        is kept beside it, in ``<path>.json``.
 
     Raises:
         ValueError: for an unknown name, for one whose behaviour policy is no script
             (antmaze, humanoidmaze, antsoccer), and for numbers out of range.
-        RuntimeError: if ``<path>.parts`` belongs to other arguments.
+        RuntimeError: if the file or ``<path>.parts`` belongs to other arguments.
         OSError: if a file cannot be written; what was finished stays for the next call.
 
     Examples:
@@ -114,6 +116,7 @@ def collect_ogbench(
     )
     num_workers = _checked_workers(num_workers)
     if plan.path.exists():
+        plan.check_finished()
         torchrl_logger.info(f"{plan.path} exists already; nothing is collected.")
         return plan.path
     plan.open_parts()
@@ -209,6 +212,26 @@ class _Plan:
                 f"asked for {described}. Repeat the call with those, or delete that folder."
             )
 
+    @property
+    def manifest(self) -> Path:
+        return self.path.with_name(self.path.name + ".json")
+
+    def check_finished(self) -> None:
+        """Compares the arguments with those of a finished file, where these are known."""
+        if not self.manifest.exists():
+            return
+        found, described = json.loads(self.manifest.read_text()), self.describe()
+        differing = {
+            name: (found.get(name), value)
+            for name, value in described.items()
+            if name != "episodes_per_shard" and found.get(name) != value
+        }
+        if differing:
+            raise RuntimeError(
+                f"{self.path} holds a collection with other arguments, (found, asked for): "
+                f"{differing}. Give another path, or delete that file."
+            )
+
     def merge_parts(self) -> Path:
         """Writes the parts, in order, as one file, and deletes them."""
         columns: dict[str, list] = {}
@@ -218,7 +241,9 @@ class _Plan:
                     columns.setdefault(key, []).append(part[key])
         # Each column's pieces are freed as soon as they are joined.
         arrays = {key: np.concatenate(columns.pop(key)) for key in tuple(columns)}
+        described = json.dumps(self.describe()).encode()
         write_atomically(self.path, lambda f: np.savez_compressed(f, **arrays))
+        write_atomically(self.manifest, lambda f: f.write(described))
         shutil.rmtree(self.parts)
         return self.path
 
@@ -289,15 +314,19 @@ def _work(plan: _Plan, shards: list[int], results) -> None:
     try:
         for shard in shards:
             results.put(_collect_shard(plan, shard))
-    except Exception as error:
+    except OSError as error:
         results.put(error)
+    except Exception as error:
+        # As text: what cannot be pickled would be lost, and waited for.
+        results.put(RuntimeError("".join(traceback.format_exception(error))))
 
 
 def _next_result(results, workers) -> int:
     """The next finished part; raises what a worker raised, or if one died."""
     while True:
         # Asked before the queue is, so that the last result of a worker is not missed.
-        died = [worker.exitcode for worker in workers if worker.exitcode not in (None, 0)]
+        codes = [worker.exitcode for worker in workers]
+        died = [code for code in codes if code] or (codes if None not in codes else [])
         try:
             result = results.get(timeout=1.0)
         except queue.Empty:

@@ -34,8 +34,10 @@ def fold_standardization(weight: Tensor, bias: Tensor, loc: Tensor, scale: Tenso
             f"loc and scale must be of one shape [n], n at most {weight.shape[-2]} inputs, "
             f"got {list(loc.shape)} and {list(scale.shape)}."
         )
-    if not (scale > 0).all():
-        raise ValueError(f"scale must be positive, got a minimum of {scale.min().item()}.")
+    if not ((scale > 0) & scale.isfinite()).all():
+        raise ValueError(f"scale must be positive and finite, got {scale.tolist()}.")
+    if not loc.isfinite().all():
+        raise ValueError(f"loc must be finite, got {loc.tolist()}.")
     loc, scale = loc.to(weight), scale.to(weight)
     rows = weight[..., : len(loc), :]
     rows.div_(scale.unsqueeze(-1))
@@ -190,7 +192,14 @@ class FlowMatchingModel(nn.Module):
         self.velocity_network = velocity_network
         self.action_dim = check_positive("action_dim", action_dim)
         self.num_steps = check_positive("num_steps", num_steps)
-        low, high = torch.as_tensor(low), torch.as_tensor(high)
+        dtype = torch.get_default_dtype()  # NumPy's float64 would spread to the actions
+        low, high = (torch.as_tensor(bound).to(dtype) for bound in (low, high))
+        for name, bound in (("low", low), ("high", high)):
+            if bound.shape not in ((), (action_dim,)):
+                raise ValueError(
+                    f"{name} must be a number or of shape {(action_dim,)}, "
+                    f"got {tuple(bound.shape)}."
+                )
         if not (low < high).all():
             raise ValueError(f"low must be below high, got low={low} and high={high}.")
         self.register_buffer("low", low)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.utils import unravel_key
 from torch import nn, optim
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.data import TensorDictReplayBuffer
@@ -79,12 +80,13 @@ class EVORTrainer(Trainer):
             ``10000``.
         checkpoint_path (str or Path, optional): folder of the checkpoint,
             replaced as a whole each time and written once more at the end. It
-            holds the loss, the optimiser, the counts and the random state, but
-            not the data. Defaults to ``None``, no checkpoint.
+            holds the loss, the optimiser, the counts, the random state and that
+            of the sampler, but not the data. Defaults to ``None``, no checkpoint.
         checkpoint_interval (int, optional): updates between checkpoints.
             Defaults to ``10000``.
         progress_bar (bool, optional): Defaults to ``True``.
-        seed (int, optional): seeds torch and numpy. Defaults to ``None``.
+        seed (int, optional): seeds torch and numpy. Defaults to ``None``. A buffer that
+            prefetches draws in threads of its own, which no seed repeats.
 
     Raises:
         ValueError: if a count is below 1, ``total_updates`` is not a multiple
@@ -186,7 +188,7 @@ class EVORTrainer(Trainer):
             save_trainer_interval=checkpoint_interval - 1,
             save_trainer_file=checkpoint_path,
             # Also without a path: a resumed run takes its random state from there.
-            checkpoint=Checkpoint(rng=GlobalRNGState()),
+            checkpoint=Checkpoint(rng=GlobalRNGState(), sampler=replay_buffer.sampler),
         )
         # TorchRL's would hold a tensor for every update; what reads it wants the last.
         self._log_dict = defaultdict(lambda: deque(maxlen=1))
@@ -226,11 +228,18 @@ class EVORTrainer(Trainer):
 
 def _check_discounts(loss_module: LossModule, replay_buffer: TensorDictReplayBuffer) -> None:
     """Rewards within a window and the value behind it make no return if discounted differently."""
-    if getattr(replay_buffer, "n_step", 1) * getattr(replay_buffer, "chunk_size", 1) == 1:
+    windows = replay_buffer.storage
+    reads = {unravel_key(key) for key in loss_module.in_keys}
+    reward = getattr(loss_module.tensor_keys, "reward", None)
+    if (
+        reward is None
+        or unravel_key(("next", reward)) not in reads
+        or getattr(windows, "n_step", 1) * getattr(windows, "chunk_size", 1) == 1
+    ):
         return
-    ours = float(loss_module.value_estimator.gamma)
-    if abs(replay_buffer.gamma - ours) > 1e-6:
+    gamma = float(loss_module.value_estimator.gamma)
+    if abs(windows.gamma - gamma) > 1e-6:
         raise ValueError(
-            f"gamma of replay_buffer must be that of loss_module, {ours:g} "
-            f"(make_value_estimator), got {replay_buffer.gamma:g}."
+            f"gamma of replay_buffer must be that of loss_module, {gamma:g} "
+            f"(make_value_estimator), got {windows.gamma:g}."
         )

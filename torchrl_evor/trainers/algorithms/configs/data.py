@@ -27,7 +27,7 @@ class OGBenchExperienceReplayConfig(ConfigBase):
     split: str = "train"
     reward_type: str = "default"
     num_transitions: int | None = None
-    seed: int = 0
+    seed: int | None = None
     num_workers: int | None = None
     device: str = "cpu"
     sampler: Any = None
