@@ -95,6 +95,14 @@ def test_errors_by_hand():
     assert errors["mean_error"].isinf().all()
 
 
+def test_returns_that_the_data_know():
+    """Five steps and three, 0.5 a step: what follows weighs 1/32, 1/16 and then more than a tenth."""
+    episode = torch.tensor([7, 7, 7, 7, 7, 9, 9, 9])
+    assert value_problems.rows_of_known_return(episode, 0.5).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="gamma=0.99 looks further than trajectories of 5 steps"):
+        value_problems.rows_of_known_return(episode, 0.99)
+
+
 def test_score_and_ranks_by_hand():
     truth = object.__new__(value_problems.MonteCarloReturns)
     truth.scale, truth.returns = 2.0, torch.tensor([[1.0], [3.0]])

@@ -454,6 +454,7 @@ def train_all(cfg: DictConfig, output: Path, device: torch.device) -> dict[Path,
     """Trains and writes all agents; returns their files with their methods."""
     utils.check_spread("data.observation_spread", cfg.data.observation_spread)
     utils.check_spread("value_spread", value_spread(cfg))
+    utils.reset_peak_memory(device)
     programs = [Program(cfg, env.name, env.gamma, device) for env in cfg.envs]
     seconds = train(cfg, programs)
     tqdm.write(f"{programs[0].num_updates} updates in {seconds:.0f} s")

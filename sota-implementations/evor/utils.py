@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import resource
 import time
 from pathlib import Path
@@ -303,6 +305,7 @@ def train(
     run = Run(cfg, output, **modules)
     run.resume()
     device = next(actor.parameters()).device
+    reset_peak_memory(device)
     with tqdm(total=cfg.optim.num_updates, initial=run.step, unit="update") as bar:
         while run.step < cfg.optim.num_updates:
             with timeit("sample"):
@@ -561,8 +564,19 @@ def device_name(device: torch.device) -> str:
     return f"cpu x {torch.get_num_threads()}"
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Forgets the peak of what this process did before, where the system lets it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """Peak device memory on a GPU, else peak resident memory of the process, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status).group(1)) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

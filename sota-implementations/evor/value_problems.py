@@ -230,6 +230,25 @@ class ExactReturns:
         return errors
 
 
+def rows_of_known_return(episode: Tensor, gamma: float, weight: float = 0.1) -> Tensor:
+    """Transitions behind which the end of the trajectory lies far enough to be forgotten.
+
+    What comes after it is unknown; a return says something of the data where that weighs less
+    than ``weight``. By position alone: to choose by outcomes would change their law.
+
+    Raises:
+        ValueError: if trajectories are too short.
+    """
+    _, counts = torch.unique_consecutive(episode, return_counts=True)
+    end = counts.cumsum(0).repeat_interleave(counts)
+    rows = (gamma ** (end - torch.arange(len(end))) < weight).nonzero().squeeze(-1)
+    if not len(rows):
+        raise ValueError(
+            f"gamma={gamma} looks further than trajectories of {int(counts.max())} steps go."
+        )
+    return rows
+
+
 class MonteCarloReturns:
     """An OGBench task: one return of the data for each of many held-out pairs.
 
@@ -251,7 +270,8 @@ class MonteCarloReturns:
         self.replay = OGBenchExperienceReplay(name, gamma=gamma, n_step=n_step, **data)
         self.loc, self.scale = self.replay.return_statistics()
         held_out = OGBenchExperienceReplay(name, gamma=gamma, split="val", **data)
-        rows = torch.linspace(0, len(held_out.transitions) - 1, num_rows).long()
+        known = rows_of_known_return(held_out.transitions["episode"], gamma)
+        rows = known[torch.linspace(0, len(known) - 1, num_rows).long()]
         self.observation = held_out.transitions["observation"][rows]
         self.action = held_out.transitions["action"][rows]
         self.returns = held_out.empirical_returns()[rows].unsqueeze(-1)
