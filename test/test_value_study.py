@@ -96,7 +96,7 @@ def test_errors_by_hand():
 
 
 def test_returns_that_the_data_know():
-    """Five steps and three, 0.5 a step: what follows weighs 1/32, 1/16 and then more than a tenth."""
+    """Of five steps and of three at 0.5 a step: what follows weighs 1/32, 1/16, 1/8 and more."""
     episode = torch.tensor([7, 7, 7, 7, 7, 9, 9, 9])
     assert value_problems.rows_of_known_return(episode, 0.5).tolist() == [0, 1]
     with pytest.raises(ValueError, match="gamma=0.99 looks further than trajectories of 5 steps"):
