@@ -65,6 +65,9 @@ class Method:
         self.where = f"{self.rows[0].env}, {self.name}"
         self._check_settings()
         self.tasks = sorted({row.task for row in self.rows})
+        seeds = {tuple(sorted(r.seed for r in self.rows if r.task == t)) for t in self.tasks}
+        # Those of the matrices' rows, if all tasks have the same.
+        self.seeds = seeds.pop() if len(seeds) == 1 else None
         self.scores, self.returns = self._matrix("success"), self._matrix("return_mean")
 
     def _check_settings(self) -> None:
@@ -266,6 +269,7 @@ def comparison_table(
         f"Difference of means, points [{level}]",
         f"Probability of improvement, % [{level}]",
         f"Difference of returns [{level}]",
+        "Of each seed",
     ]
     rows = [
         [
@@ -273,11 +277,19 @@ def comparison_table(
             estimator.text(mean_difference, first.scores, other.scores),
             estimator.text(probability_of_improvement, first.scores, other.scores),
             estimator.text(mean_difference, first.returns, other.returns, scale=1),
+            differences_by_seed(first, other),
         ]
         for other in methods
         if other is not first
     ]
     return table(header, rows)
+
+
+def differences_by_seed(first: Method | Pooled, other: Method | Pooled) -> str:
+    """Mean differences of returns, where rows of one seed are there to be paired."""
+    if first.seeds is None or first.seeds != other.seeds:
+        return "-"
+    return ", ".join(f"{x:.1f}" for x in (first.returns - other.returns).mean(axis=1))
 
 
 def comparison_tables(
@@ -339,6 +351,7 @@ class Pooled:
     name: str
     scores: np.ndarray
     returns: np.ndarray
+    seeds: tuple[int, ...] | None
 
 
 def overall_section(
@@ -363,7 +376,11 @@ def overall_section(
             notes.append(f"{name} is left out: {seeds} seeds, not the same number everywhere.")
         else:
             columns = zip(*((part.scores, part.returns) for part in parts))
-            pooled.append(Pooled(name, *(np.concatenate(x, axis=1) for x in columns)))
+            scores, returns = (np.concatenate(column, axis=1) for column in columns)
+            numbers = {part.seeds for part in parts}
+            pooled.append(
+                Pooled(name, scores, returns, numbers.pop() if len(numbers) == 1 else None)
+            )
     if missing:
         notes.append(f"Left out, because not run on all of them: {', '.join(missing)}.")
     rows = [success_cells(method, estimator) for method in pooled]
@@ -460,7 +477,8 @@ def build(args: argparse.Namespace) -> str:
         sections.append(f"![Success on {env}]({PLOTS}/{env}.png)")
     note = (
         "Success in percent, returns in reward units. Intervals: stratified bootstrap over the "
-        "seeds of each task, too narrow where seeds are few. Published numbers come from 1M "
+        "seeds of each task, too narrow where seeds are few, and where what the tasks of a seed "
+        "have in common, such as a base policy, weighs much. Published numbers come from 1M "
         "official transitions and 1M updates with other code and hardware, some by way of "
         "secondary notes; they are not comparable with smaller runs."
     )
