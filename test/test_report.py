@@ -321,6 +321,11 @@ class TestReport:
         assert cells(text, "evor tau_r=30.0")[2].startswith("25.0 [")
         assert cells(text, "bc")[2] == "0.0 [0.0, 0.0]"
         assert "| evor tau_r=30.0 against |" in text and "| evor |" not in text
+        for seed, spread in ((0, 4), (1, 4), (0, 8), (1, 8)):
+            training = f"data=official value_spread={spread}"
+            add(root, method="scalar", seed=seed, tau_r=30.0, training=training)
+        text = run(root, "--split", "tau_r", "--split", "value_spread", "--reference", "bc")
+        assert cells(text, "scalar value_spread=4") and cells(text, "scalar value_spread=8")
         with pytest.raises(ValueError, match="--split must be one of .*got 'seed'"):
             run(root, "--split", "seed")
 

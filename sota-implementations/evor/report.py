@@ -149,7 +149,7 @@ def _check_comparable(env: str, methods: list[Method]) -> None:
                 f"{env}: methods of different {column} would share a table: {values}. "
                 f"Choose with --where {column}=..."
             )
-    data = {method.name: settings_of(method.rows[0]).get("data") for method in methods}
+    data = {method.name: setting(method.rows[0], "data") for method in methods}
     # Older rows do not say which data they are of.
     if len(set(data.values()) - {None}) > 1:
         raise ValueError(f"{env}: methods of different data would share a table: {data}.")
@@ -178,20 +178,29 @@ def select(rows: list[ResultRow], conditions: list[str]) -> list[ResultRow]:
 
 
 def split(rows: list[ResultRow], columns: list[str]) -> list[ResultRow]:
-    """Makes each value of the columns a method of its own, for methods that have several."""
+    """Makes each value of the settings a method of its own, for methods that have several."""
     for column in columns:
-        if column not in SETTINGS:
-            raise ValueError(f"--split must be one of {', '.join(SETTINGS)}, got {column!r}.")
+        known = [
+            *SETTINGS,
+            *sorted({name for row in rows for name in parse_training(row.training)}),
+        ]
+        if column not in known:
+            raise ValueError(f"--split must be one of {', '.join(known)}, got {column!r}.")
         values: dict[str, set] = {}
         for row in rows:
-            values.setdefault(row.method, set()).add(getattr(row, column))
+            values.setdefault(row.method, set()).add(setting(row, column))
         rows = [
-            dataclasses.replace(row, method=f"{row.method} {column}={getattr(row, column)}")
+            dataclasses.replace(row, method=f"{row.method} {column}={setting(row, column)}")
             if len(values[row.method]) > 1
             else row
             for row in rows
         ]
     return rows
+
+
+def setting(row: ResultRow, name: str) -> object:
+    """A setting of a row, or of its training; None if it says nothing of it."""
+    return getattr(row, name) if name in SETTINGS else parse_training(row.training).get(name)
 
 
 def read_published(path: Path) -> dict[str, list[dict[str, str]]]:
@@ -495,7 +504,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--readme", type=Path, help=f"file whose text between {START} and {END} is replaced")
     add("--published", type=Path, default=HERE / "published.csv", help="cited numbers")
     add("--where", action="append", default=[], metavar="[METHOD:]COLUMN=VALUE", help="row filter")
-    add("--split", action="append", default=[], metavar="COLUMN", help="a method for each value")
+    add(
+        "--split",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="a method for each value; a setting of the training will do",
+    )
     text = "method that the others are compared with, one for each use; evor by default"
     add("--reference", action="append", metavar="METHOD", help=text)
     text = "what is one method in the table of all environments, under whatever name in each"
