@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -144,9 +143,10 @@ def check_options(
 def check_temperatures(
     tau_r: float, tau_q: float, gumbel: Tensor | None, seed: Tensor | None
 ) -> None:
-    if math.isnan(tau_r) or tau_r < 0:
+    # No math.isnan, which torch.compile cannot trace where a temperature changes.
+    if not tau_r >= 0:
         raise ValueError(f"tau_r must be in [0, inf], got {tau_r}.")
-    if math.isnan(tau_q) or tau_q < 0:
+    if not tau_q >= 0:
         raise ValueError(f"tau_q must be in [0, inf], got {tau_q}.")
     if tau_q > 0 and gumbel is None and seed is None:
         raise ValueError(

@@ -43,7 +43,9 @@ def _layer_config(precision: str, rows: int) -> LayerConfig:
 def _loop_config(precision: str, rows: int, widths: tuple[int, ...]) -> LoopConfig:
     half = precision in ("fp16", "bf16")
     block_m = 16 if rows <= 2048 or max(widths) > 512 or precision in ("tf32x3", "ieee") else 32
-    return LoopConfig(block_m, 64 if half and max(widths) <= 512 else 32, 8, 2)
+    # In float32, 32 columns of such widths are more than the shared memory of sm_86 and sm_89.
+    wide = 32 if half else 16
+    return LoopConfig(block_m, wide if max(widths) > 512 else 64 if half else 32, 8, 2)
 
 
 def _loop_fits(widths: tuple[int, ...]) -> bool:
@@ -63,7 +65,7 @@ def is_fastest(widths: tuple[int, ...], precision: str, rows: int) -> bool:
 
 
 def choose(
-    backend: str, widths: tuple[int, ...], precision: str, rows: int, device: torch.device
+    backend: str, widths: tuple[int, ...], precision: str, rows: int
 ) -> LayerConfig | LoopConfig:
     """Tile, and with it the design, of one call.
 
@@ -72,7 +74,6 @@ def choose(
         widths (tuple of int): hidden widths.
         precision (str): operands of the products.
         rows (int): states times candidates times nodes.
-        device (torch.device): a CUDA device.
 
     Raises:
         RuntimeError: if ``"triton_loop"`` is asked for and the widths differ.
@@ -81,8 +82,8 @@ def choose(
         raise RuntimeError(
             f"backend='triton_loop' is not available: it wants equal hidden widths, got {widths}."
         )
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    small = rows <= _LOOP_ROWS and not captured and _loop_fits(widths)
+    # One design for a shape, captured in a graph or not: what warms a graph up is what it holds.
+    small = rows <= _LOOP_ROWS and _loop_fits(widths)
     if backend == "triton_loop" or (backend == "triton" and small):
         return _loop_config(precision, rows, widths)
     return _layer_config(precision, rows)

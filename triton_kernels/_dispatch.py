@@ -112,7 +112,7 @@ def _triton_reads(
 
     precision = _resolve_precision(precision, tensors[0].dtype)
     widths = _widths(tensors, eps)
-    config = _config.choose(backend, widths, precision, draws.rows(action), action.device)
+    config = _config.choose(backend, widths, precision, draws.rows(action))
     weights = _cached(
         packed,
         ("triton", precision, isinstance(config, _launch.LoopConfig)),
@@ -145,7 +145,9 @@ def value_dtype(tensor: Tensor) -> torch.dtype:
 
 def _cached(packed, key, make):
     """Layouts of a frozen view are kept, those of a live view are made anew."""
-    if not isinstance(packed, FrozenVelocity):
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if not isinstance(packed, FrozenVelocity) or (capturing and key not in packed.cache):
+        # What is made during a capture is recorded and not run, and lies in the graph's memory.
         return make()
     if key not in packed.cache:
         packed.cache[key] = make()

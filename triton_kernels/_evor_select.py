@@ -166,6 +166,9 @@ def _first_kernel(
             velocity = rstd * (velocity - mean * tl.load(head_sum_ptr))
         z += step * (velocity + tl.load(head_bias_ptr))
     if KEEP:
+        if STAGE > 0:
+            # All warps of the program have loaded z before one of them stores it.
+            tl.debug_barrier()
         tl.store(z_ptr + rows - z_row, z, live)
     if STAGE < 2:
         candidate = tl.minimum(rows, last_row - 1) // num_nodes

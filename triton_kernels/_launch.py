@@ -106,6 +106,7 @@ def _fold_layer(pair, norm, out, sums, bias) -> None:
         BLOCK_M=block_m,
         BLOCK_K=min(64, out.shape[-1]),
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -113,6 +114,8 @@ def pack_weights(
     tensors: list[Tensor | None], layer_norm: bool, precision: str, power_of_two: bool = False
 ) -> TritonWeights:
     """Folds, pads and rounds the weights: one launch per layer after the first."""
+    # The kernel that folds reads columns of unit stride.
+    tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
     linears, norms = split_tensors(tensors, layer_norm)
     first, first_bias = linears[0]
     widths = tuple(weight.shape[0] for weight, _ in linears[:-1])
@@ -144,12 +147,8 @@ def first_layer_base(weights: TritonWeights, observation: Tensor, action: Tensor
     weight_x = weights.first_weight[:, :obs_dim]
     weight_a = weights.first_weight[:, obs_dim:]
     shared = torch.nn.functional.linear(observation, weight_x, weights.first_bias)
-    states = action.shape[0]
-    return torch.baddbmm(
-        shared.unsqueeze(1).expand(*action.shape[:2], -1),
-        action,
-        weight_a.t().expand(states, *weight_a.t().shape),
-    )
+    # One product, not one for each state.
+    return torch.nn.functional.linear(action, weight_a).add_(shared.unsqueeze(1))
 
 
 class _Sampler(NamedTuple):
@@ -230,6 +229,7 @@ def _layered_chunk(
             BLOCK_M=first_m,
             BLOCK_K=min(128, w.pad) if w.pad % 128 == 0 or w.pad < 128 else 64,
             num_warps=4,
+            enable_fp_fusion=True,
             **common,
         )
         if stage == 2:
@@ -256,6 +256,7 @@ def _layered_chunk(
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
                 num_warps=config.warps,
+                enable_fp_fusion=True,
                 num_stages=config.stages,
                 **common,
             )
@@ -305,6 +306,7 @@ def _loop(
         BLOCK_M=config.block_m,
         BLOCK_K=min(config.block_k, w.pad),
         num_warps=config.warps,
+        enable_fp_fusion=True,
         num_stages=config.stages,
     )
 
@@ -447,6 +449,7 @@ def _average(
         BLOCK_P=block_p,
         BLOCK_N=min(triton_next_power_of_two(num_nodes), 64),
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -513,6 +516,7 @@ def _launch_select(
             BLOCK_N=min(triton_next_power_of_two(num_nodes), 64),
             BLOCK_A=min(triton_next_power_of_two(action.shape[-1]), 64),
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return chosen, value, q, returns
 

@@ -100,24 +100,25 @@ def warm(job) -> tuple[str, float, str]:
     Returns what it is, the seconds of its first call while all cores compile, and its error.
     """
     precision, shape, config = job
-    machine = Machine(dry=False)
-    problem = machine.problem(shape)
-    torch.set_float32_matmul_precision(variants.MATMUL[precision])
-    error = ""
-    with torch.no_grad():
-        if config is None:
-            call = machine.compile(variants.folded(problem, precision, False))
-            call = functools.partial(call, *problem.inputs())
-        else:
-            call = variants.kernel(problem, precision, config, False)
-        machine.synchronise()
-        start = time.perf_counter()
-        try:
+    error, start = "", time.perf_counter()
+    try:
+        # All of it: after an error of the device, whatever this process does next fails too.
+        machine = Machine(dry=False)
+        problem = machine.problem(shape)
+        torch.set_float32_matmul_precision(variants.MATMUL[precision])
+        with torch.no_grad():
+            if config is None:
+                call = machine.compile(variants.folded(problem, precision, False))
+                call = functools.partial(call, *problem.inputs())
+            else:
+                call = variants.kernel(problem, precision, config, False)
+            machine.synchronise()
+            start = time.perf_counter()
             call()
             machine.synchronise()
-        except Exception as caught:  # noqa: BLE001
-            shown = "compiled" if config is None else label(config)
-            error = f"{precision} {shown}: {type(caught).__name__}: {str(caught)[:200]}"
+    except Exception as caught:  # noqa: BLE001
+        shown = "compiled" if config is None else label(config)
+        error = f"{precision} {shown}: {type(caught).__name__}: {str(caught)[:200]}"
     return "compiled" if config is None else "kernel", time.perf_counter() - start, error
 
 

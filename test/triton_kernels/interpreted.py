@@ -118,6 +118,19 @@ def test_temperatures(use_tile, options):
     assert_matches(_run(case, "tf32x3"), case, "float32")
 
 
+@pytest.mark.parametrize("design", ["layered", "loop"])
+def test_parameters_of_any_stride(use_tile, design):
+    """Transposed weights, and LayerNorms and biases that are views of wider tensors."""
+    use_tile(LAYERED["16x16"] if design == "layered" else LOOP["16"])
+    case = Case(2, 3, 4, (16, 16), layer_norm=True)
+    for parameter in case.network.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.t().contiguous().t()
+        else:
+            parameter.data = parameter.data.repeat_interleave(2)[::2]
+    assert_matches(_run(case, "tf32x3"), case, "float32")
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("tau_r", [5.0, 1e3, 1e5, 1e7])
 def test_large_temperatures_keep_their_digits(use_tile, tau_r, weighted):

@@ -116,8 +116,7 @@ def _launches(
     case = Case(1, 2, 4, WIDTHS)
     steps = _launch.Steps(*((4, "midpoint") if seeded else (3, "euler")))
     backend = f"triton_{design}"
-    device = torch.device("cpu")
-    config = _config.choose(backend, WIDTHS, precision, states * 32 * nodes, device)
+    config = _config.choose(backend, WIDTHS, precision, states * 32 * nodes)
 
     seed = torch.tensor([1, 2])
     noise, gumbel = (seed, seed) if seeded else (case.noise.view(-1), case.gumbel)

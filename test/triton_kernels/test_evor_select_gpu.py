@@ -127,6 +127,7 @@ def test_repeats_bit_for_bit(backend, precision):
             assert torch.equal(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:Deterministic behavior")  # of cuBLAS, in older PyTorch
 @pytest.mark.parametrize("backend", DESIGNS)
 def test_uninitialised_memory_is_not_read(backend):
     case = Case(3, 5, 7, (48, 48, 48), device="cuda")

@@ -283,7 +283,9 @@ class TestCustomOperator:
     def test_compiles_without_graph_breaks_and_sees_new_weights(self, backend):
         case = Case(2, 3, 4, (16, 16))
         compiled = torch.compile(evor_select, fullgraph=True, backend=backend)
-        for _ in range(2):
+        # Temperatures that change become symbols of the graph.
+        for tau_r, tau_q in ((0.7, 0.5), (0.8, 0.5), (0.9, 0.4)):
+            case.options.update(tau_r=tau_r, tau_q=tau_q)
             with torch.no_grad():
                 got = compiled(case.packed, *case.inputs(), **case.options, return_samples=True)
             assert_matches(got, case, "float32")
