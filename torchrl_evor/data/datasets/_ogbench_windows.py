@@ -98,11 +98,7 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
         KeyError: if ``data`` lacks an entry, naming it.
     """
     check_windows(n_step, chunk_size, gamma)
-    for key in (*_COLUMNS, ("next", "reward"), ("next", "terminated")):
-        if data.get(key, None) is None:
-            raise KeyError(
-                f"data must have the entry {key!r}, got {sorted(map(str, data.keys(True, True)))}."
-            )
+    _check_entries(data, ("episode", ("next", "reward"), ("next", "terminated")))
     episode = data["episode"].numpy()
     num_pieces = np.count_nonzero(_is_last(episode))
     if num_pieces != len(np.unique(episode)):
@@ -140,6 +136,14 @@ def check_windows(n_step: int, chunk_size: int, gamma: float) -> None:
     check_counts(n_step=n_step, chunk_size=chunk_size)
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}.")
+
+
+def _check_entries(data: TensorDict, keys) -> None:
+    for key in keys:
+        if data.get(key, None) is None:
+            raise KeyError(
+                f"data must have the entry {key!r}, got {sorted(map(str, data.keys(True, True)))}."
+            )
 
 
 def _is_last(episode: np.ndarray) -> np.ndarray:
@@ -243,6 +247,7 @@ class WindowStorage(TensorStorage):
     """
 
     def __init__(self, data, *, n_step=1, chunk_size=1, gamma=0.99, device="cpu"):
+        _check_entries(data, _COLUMNS)
         windows = make_windows(data, n_step, chunk_size, gamma)
         if not len(windows.start):
             raise ValueError(
