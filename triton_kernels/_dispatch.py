@@ -145,13 +145,15 @@ def value_dtype(tensor: Tensor) -> torch.dtype:
 
 def _cached(packed, key, make):
     """Layouts of a frozen view are kept, those of a live view are made anew."""
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if not isinstance(packed, FrozenVelocity) or (capturing and key not in packed.cache):
-        # What is made during a capture is recorded and not run, and lies in the graph's memory.
+    if not isinstance(packed, FrozenVelocity):
         return make()
-    if key not in packed.cache:
-        packed.cache[key] = make()
-    return packed.cache[key]
+    if key in packed.cache:
+        return packed.cache[key]
+    made = make()
+    # What is made during a capture is recorded and not run, and lies in the graph's memory.
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        packed.cache[key] = made
+    return made
 
 
 def _widths(tensors: list[Tensor | None], eps: float) -> tuple[int, ...]:

@@ -28,6 +28,8 @@ __all__ = [
     "TritonWeights",
 ]
 
+# Sums of products in one rounding, which Triton is about to turn off by default.
+CODEGEN = {"enable_fp_fusion": True}
 OPERANDS = {
     "fp16": (torch.float16, "tf32"),
     "bf16": (torch.bfloat16, "tf32"),
@@ -106,7 +108,7 @@ def _fold_layer(pair, norm, out, sums, bias) -> None:
         BLOCK_M=block_m,
         BLOCK_K=min(64, out.shape[-1]),
         num_warps=4,
-        enable_fp_fusion=True,
+        **CODEGEN,
     )
 
 
@@ -229,7 +231,7 @@ def _layered_chunk(
             BLOCK_M=first_m,
             BLOCK_K=min(128, w.pad) if w.pad % 128 == 0 or w.pad < 128 else 64,
             num_warps=4,
-            enable_fp_fusion=True,
+            **CODEGEN,
             **common,
         )
         if stage == 2:
@@ -256,7 +258,7 @@ def _layered_chunk(
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
                 num_warps=config.warps,
-                enable_fp_fusion=True,
+                **CODEGEN,
                 num_stages=config.stages,
                 **common,
             )
@@ -306,7 +308,7 @@ def _loop(
         BLOCK_M=config.block_m,
         BLOCK_K=min(config.block_k, w.pad),
         num_warps=config.warps,
-        enable_fp_fusion=True,
+        **CODEGEN,
         num_stages=config.stages,
     )
 
@@ -449,7 +451,7 @@ def _average(
         BLOCK_P=block_p,
         BLOCK_N=min(triton_next_power_of_two(num_nodes), 64),
         num_warps=4,
-        enable_fp_fusion=True,
+        **CODEGEN,
     )
 
 
@@ -516,7 +518,7 @@ def _launch_select(
             BLOCK_N=min(triton_next_power_of_two(num_nodes), 64),
             BLOCK_A=min(triton_next_power_of_two(action.shape[-1]), 64),
             num_warps=4,
-            enable_fp_fusion=True,
+            **CODEGEN,
         )
     return chosen, value, q, returns
 

@@ -185,7 +185,7 @@ class Program:
         self.observation_dim = self._first_windows.observation.shape[-1]
         self.action_dim = cfg.chunk_size * self._first_windows.action.shape[-1]
         self.policy_units = utils.input_units(cfg.data.observation_spread, replay)
-        self.value_units = utils.input_units(value_spread(cfg), replay)
+        self.value_units = utils.input_units(cfg.value_spread, replay)
         self.policy = self._make_policy()
         # Behaviour cloning is the base policy, which the losses of all others train.
         learning = [method for method in cfg.methods if method != "bc"]
@@ -388,7 +388,7 @@ def training_settings(cfg: DictConfig, gamma: float, origin: str) -> dict[str, o
         "policy_steps": cfg.policy_steps,
         "gamma": gamma,
         "tau": cfg.tau,
-        "value_spread": value_spread(cfg),
+        "value_spread": cfg.value_spread,
         "value_activation": cfg.activation,
         "layer_norm": cfg.layer_norm,
         "value_steps": cfg.value_steps,
@@ -399,11 +399,6 @@ def training_settings(cfg: DictConfig, gamma: float, origin: str) -> dict[str, o
         "num_critics": cfg.num_critics.qc,
         "next_candidates": cfg.qc_candidates,
     }
-
-
-def value_spread(cfg: DictConfig) -> float:
-    """Standard deviation of the observations as value networks see them."""
-    return cfg.data.observation_spread if cfg.value_spread is None else cfg.value_spread
 
 
 def load_task(cfg: DictConfig, name: str, task: int, gamma: float) -> OGBenchExperienceReplay:
@@ -453,7 +448,7 @@ def main(cfg: DictConfig) -> None:
 def train_all(cfg: DictConfig, output: Path, device: torch.device) -> dict[Path, str]:
     """Trains and writes all agents; returns their files with their methods."""
     utils.check_spread("data.observation_spread", cfg.data.observation_spread)
-    utils.check_spread("value_spread", value_spread(cfg))
+    utils.check_spread("value_spread", cfg.value_spread)
     utils.reset_peak_memory(device)
     programs = [Program(cfg, env.name, env.gamma, device) for env in cfg.envs]
     seconds = train(cfg, programs)

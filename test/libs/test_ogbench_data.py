@@ -1006,7 +1006,7 @@ class TestWindowStorage:
     "states, message",
     [
         (np.zeros((5, 1)), r"shape \(5, 2\), got shape \(5, 1\)"),
-        (np.zeros((4, 2)), r"shape \(5, 2\), got shape \(4, 2\)"),
+        (np.zeros((4, 2)), "'button_states' must have 5 rows, got 4"),
         (np.full((5, 2), np.nan), "must be finite"),
         (None, "lacks the array 'button_states'"),
     ],

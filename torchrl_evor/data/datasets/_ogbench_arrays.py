@@ -202,6 +202,10 @@ def label_rewards(arrays: Mapping[str, np.ndarray], env_id: str, *, sparse: bool
     arrays = dict(arrays)
     num_rows = len(arrays["terminals"]) if "terminals" in arrays else len(arrays["qpos"])
     _checked_floats(arrays, "qpos", 2, num_rows)
+    if "button_states" in arrays:
+        buttons = _read(arrays, "button_states", 2)
+        if len(buttons) != num_rows:
+            raise ValueError(f"'button_states' must have {num_rows} rows, got {len(buttons)}.")
     env = gymnasium.make(env_id, disable_env_checker=True)
     try:
         with numpy_seed(0):
@@ -214,7 +218,7 @@ def label_rewards(arrays: Mapping[str, np.ndarray], env_id: str, *, sparse: bool
             )
         if buttons := getattr(env.unwrapped, "_num_buttons", 0):
             states = _read(arrays, "button_states", 2)
-            if states.shape != (num_rows, buttons) or not np.isfinite(states).all():
+            if states.shape[1] != buttons or not np.isfinite(states).all():
                 raise ValueError(
                     f"'button_states' of {env_id} must be finite, of shape {(num_rows, buttons)}, "
                     f"got shape {states.shape}."
