@@ -40,8 +40,23 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _operand(x, pointer, TF32: tl.constexpr):
+    """``x`` in the digits that a product reads, so that sums over operands agree with it."""
+    if TF32:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        # The largest NaN would wrap around to a zero.
+        x = tl.where(x == x, rounded, x)
+    return x.to(pointer.dtype.element_ty)
+
+
+@triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     if _INTERPRET:
+        if PRECISION == "tf32" and a.dtype == tl.float32:
+            # Matrix units do not read the low bits; the interpreter would.
+            a = (a.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+            b = (b.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -76,6 +91,7 @@ def _fold_kernel(
     HAS_GAMMA: tl.constexpr,
     HAS_BETA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    TF32: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -96,7 +112,7 @@ def _fold_kernel(
             gamma = tl.load(gamma_ptr + cols, cols < n_in, other=0.0).to(tl.float32)
             weight = weight * gamma[None, :]
         # Sums of the rounded weights keep the mean term consistent with the product.
-        rounded = weight.to(out_ptr.dtype.element_ty)
+        rounded = _operand(weight, out_ptr, TF32)
         total += tl.sum(rounded.to(tl.float32), 1)
         out = out_ptr + rows[:, None] * PAD + cols[None, :]
         tl.store(out, rounded, (rows < out_rows)[:, None])
@@ -144,6 +160,7 @@ def _first_kernel(
     NOISE: tl.constexpr,
     LAYER_NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    TF32: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -183,7 +200,7 @@ def _first_kernel(
             weight_z = tl.load(weight_z_ptr + cols, cols < width, other=0.0).to(tl.float32)
             weight_t = tl.load(weight_t_ptr + cols, cols < width, other=0.0).to(tl.float32)
             x = base.to(tl.float32) + z[:, None] * weight_z[None, :] + time * weight_t[None, :]
-            g = _activate(x, ACTIVATION).to(out_ptr.dtype.element_ty)
+            g = _operand(_activate(x, ACTIVATION), out_ptr, TF32)
             tl.store(out_ptr + local[:, None] * PAD + cols[None, :], g)
             if LAYER_NORM:
                 wide = g.to(tl.float32)
@@ -213,6 +230,7 @@ def _hidden_kernel(
     LAYER_NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    TF32: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -239,7 +257,7 @@ def _hidden_kernel(
         product = tl.sum(g * tl.load(head_ptr + cols)[None, :], 1)
         tl.store(out_ptr + part * padded + rows, product)
     else:
-        low = g.to(out_ptr.dtype.element_ty)
+        low = _operand(g, out_ptr, TF32)
         tl.store(out_ptr + rows[:, None] * PAD + cols[None, :], low)
         g = low.to(tl.float32)
     if LAYER_NORM:
@@ -302,6 +320,7 @@ def _loop_kernel(
     LAYER_NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    TF32: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -332,7 +351,7 @@ def _loop_kernel(
                 weight_t = tl.load(weight_t_ptr + chunk, inside, other=0.0).to(tl.float32)
                 x = base.to(tl.float32) + z[:, None] * weight_z[None, :]
                 x += (k * step) * weight_t[None, :]
-                low = _activate(x, ACTIVATION).to(scratch_ptr.dtype.element_ty)
+                low = _operand(_activate(x, ACTIVATION), scratch_ptr, TF32)
                 tl.store(scratch_ptr + lanes[:, None] * PAD + chunk[None, :], low)
                 if LAYER_NORM:
                     wide = low.to(tl.float32)
@@ -357,7 +376,7 @@ def _loop_kernel(
                     BLOCK_M,
                     BLOCK_K,
                 )
-                low = g.to(scratch_ptr.dtype.element_ty)
+                low = _operand(g, scratch_ptr, TF32)
                 out = scratch_ptr + ((layer + 1) % 2) * half
                 tl.store(out + lanes[:, None] * PAD + cols[None, :], low)
                 if LAYER_NORM:

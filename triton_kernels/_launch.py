@@ -84,7 +84,7 @@ def padded_width(widths, power_of_two: bool) -> int:
     return -(-width // 128) * 128 if width > 128 else 128
 
 
-def _fold_layer(pair, norm, out, sums, bias) -> None:
+def _fold_layer(pair, norm, out, sums, bias, tf32: bool) -> None:
     weight, linear_bias = pair
     gamma, beta = norm if norm is not None else (None, None)
     n_out, n_in = weight.shape
@@ -105,6 +105,7 @@ def _fold_layer(pair, norm, out, sums, bias) -> None:
         HAS_GAMMA=gamma is not None,
         HAS_BETA=beta is not None,
         HAS_BIAS=linear_bias is not None,
+        TF32=tf32,
         BLOCK_M=block_m,
         BLOCK_K=min(64, out.shape[-1]),
         num_warps=4,
@@ -129,9 +130,12 @@ def pack_weights(
     biases = torch.empty_like(sums)
     with device_guard(first):
         for index, pair in enumerate(linears[1:]):
-            out = hidden[index] if index < depth - 1 else head
+            last = index == depth - 1
+            out = head if last else hidden[index]
             norm = norms[index] if layer_norm else None
-            _fold_layer(pair, norm, out, sums[index], biases[index])
+            # The head's product is a sum in float32.
+            tf32 = precision == "tf32" and not last
+            _fold_layer(pair, norm, out, sums[index], biases[index], tf32)
     first_z, first_t = first[:, -2].contiguous(), first[:, -1].contiguous()
     return TritonWeights(
         first[:, :-2], first_z, first_t, first_bias, hidden, sums, biases, head[0], pad, widths
@@ -193,7 +197,12 @@ def _layered_chunk(
     buffers = [new(padded, w.pad, dtype=operand) for _ in range(2)]
     stats = [new(parts, 2, padded) for _ in range(2)]
     head_part = new(parts, padded)
-    common = {"LAYER_NORM": s.layer_norm, "ACTIVATION": s.activation, "PDL": config.pdl}
+    common = {
+        "LAYER_NORM": s.layer_norm,
+        "ACTIVATION": s.activation,
+        "TF32": s.precision == "tf32",
+        "PDL": config.pdl,
+    }
     if config.pdl:
         common["launch_pdl"] = True
     depth = len(w.widths)
@@ -305,6 +314,7 @@ def _loop(
         LAYER_NORM=s.layer_norm,
         ACTIVATION=s.activation,
         PRECISION=input_precision,
+        TF32=s.precision == "tf32",
         BLOCK_M=config.block_m,
         BLOCK_K=min(config.block_k, w.pad),
         num_warps=config.warps,

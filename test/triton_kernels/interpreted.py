@@ -5,7 +5,7 @@
 """The kernels in Triton's interpreter, on the CPU: run by ``test_evor_select_interpreter.py``.
 
 Needs ``TRITON_INTERPRET=1`` before triton is imported, hence a process of its own. The interpreter
-cannot see missing barriers and computes tf32 products in float32.
+cannot see missing barriers; tf32 operands lose their low bits in it as they do in matrix units.
 """
 
 from __future__ import annotations
@@ -85,12 +85,24 @@ def test_midpoint_steps(use_tile, tile):
     assert_matches(_run(case, "tf32x3"), case, "float32")
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])
 @pytest.mark.parametrize("tile", ["16x16", "loop 16"])
 def test_half_operands(use_tile, tile, precision):
     use_tile(TILES[tile])
     case = Case(2, 2, 3, (48, 48, 48), num_steps=2)
     assert_matches(_run(case, precision), case, precision)
+
+
+@pytest.mark.parametrize("tile", ["16x16", "loop 16"])
+def test_means_of_rounded_operands_cancel(use_tile, tile):
+    """Activations far from zero: a folded LayerNorm subtracts what the product has added."""
+    use_tile(TILES[tile])
+    case = Case(2, 2, 3, (64, 64, 64), num_steps=2, activation="relu")
+    for linear in case.packed.linears[:-1]:
+        linear.bias.data.fill_(30.0)
+    want = case.want()[3]
+    tf32, half = (relative_error(_run(case, name)[3], want) for name in ("tf32", "fp16"))
+    assert tf32 < 1.1 * half  # operands of as many digits
 
 
 def test_unequal_widths_and_two_products_per_step(use_tile):
