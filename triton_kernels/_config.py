@@ -41,11 +41,14 @@ def _layer_config(precision: str, rows: int) -> LayerConfig:
 
 
 def _loop_config(precision: str, rows: int, widths: tuple[int, ...]) -> LoopConfig:
-    half = precision in ("fp16", "bf16")
-    block_m = 16 if rows <= 2048 or max(widths) > 512 or precision in ("tf32x3", "ieee") else 32
+    wide = max(widths) > 512
+    if precision == "tf32x3":
+        # Three times the registers of a product: 32 columns spill.
+        return LoopConfig(16, 16, 8, 2 if wide else 3)
+    columns = 64 if precision in ("fp16", "bf16") else 32
     # In float32, 32 columns of such widths are more than the shared memory of sm_86 and sm_89.
-    wide = 32 if half else 16
-    return LoopConfig(block_m, wide if max(widths) > 512 else 64 if half else 32, 8, 2)
+    block_k = columns // 2 if wide else columns
+    return LoopConfig(16 if rows <= 2048 or wide or precision == "ieee" else 32, block_k, 8, 2)
 
 
 def _loop_fits(widths: tuple[int, ...]) -> bool:

@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Compiles what would be launched for sm_80 and sm_90, without a GPU, and bounds register spills.
+"""Compiles what would be launched for sm_80 and sm_90, without a GPU, and sees that nothing spills.
 
 The launches of a call on CPU tensors are recorded instead of run, so that the kernels are compiled
 with the arguments and tiles that they are launched with.
@@ -29,8 +29,6 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
 }
-# Bytes that a thread may spill, by kernel; kernels without an entry must not spill.
-MAX_SPILL = {("loop", "tf32x3", 80): 100, ("loop", "tf32x3", 90): 96}
 
 
 def _record(monkeypatch, call, on_launch) -> list:
@@ -147,13 +145,12 @@ def _check(monkeypatch, tmp_path, design, precision, shape, capability, only="",
             compiled = _compile(launch, capability)
             name = f"{launch[0].__name__} {launch[2]}"
             spills[name] = _spilled_bytes(compiled, capability, tmp_path)
-    most = MAX_SPILL.get((design, precision, capability), 0)
-    assert all(value <= most for value in spills.values()), spills
+    assert not any(spills.values()), spills
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("design, precision", [("layered", "fp16"), ("loop", "fp16")])
-def test_compiles_and_spills_little(monkeypatch, tmp_path, design, precision, capability):
+def test_compiles_and_spills_nothing(monkeypatch, tmp_path, design, precision, capability):
     _check(monkeypatch, tmp_path, design, precision, (1, 64), capability)
 
 
