@@ -33,7 +33,7 @@ from torchrl_evor import (
     StackedVelocityMLP,
     VelocityMLP,
 )
-from torchrl_evor.objectives.common import FlowPolicyLoss
+from torchrl_evor.objectives.flow_policy import FlowPolicyLoss
 
 METHODS = ("evor", "bc", "qc", "scalar", "hl_gauss", "categorical", "quantile", "iql")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchrl_evor.modules.functional import check_choice, log_mean_exp
 from torchrl_evor.modules.models.critics import Critic
 from torchrl_evor.modules.tensordict_module.actors import FlowMatchingPolicy
-from torchrl_evor.objectives.common import FlowPolicyLoss
+from torchrl_evor.objectives.flow_policy import FlowPolicyLoss
 
 __all__ = ["CriticLoss"]
 

@@ -23,7 +23,7 @@ from torchrl_evor.modules.functional import (
 )
 from torchrl_evor.modules.models.return_flow import ReturnFlow
 from torchrl_evor.modules.tensordict_module.actors import FlowMatchingPolicy
-from torchrl_evor.objectives.common import FlowPolicyLoss
+from torchrl_evor.objectives.flow_policy import FlowPolicyLoss
 
 __all__ = ["EVORLoss"]
 

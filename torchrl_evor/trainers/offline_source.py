@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data import TensorDictReplayBuffer
+from torchrl.data.replay_buffers import TensorDictReplayBuffer
 
 from torchrl_evor.modules.functional import check_positive
 

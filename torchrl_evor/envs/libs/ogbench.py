@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase
+from torchrl.data.tensor_specs import Binary, Bounded, Composite, Unbounded
+from torchrl.envs.common import EnvBase
 
 from torchrl_evor.envs.transforms.action_noise import GaussianActionNoise
 

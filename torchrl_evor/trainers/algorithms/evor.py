@@ -13,11 +13,11 @@ from tensordict import TensorDictBase
 from tensordict.utils import unravel_key
 from torch import nn, optim
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
-from torchrl.data import TensorDictReplayBuffer
+from torchrl.data.replay_buffers import TensorDictReplayBuffer
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
-from torchrl.trainers import OptimizationStepper, TargetNetUpdaterHook, Trainer
+from torchrl.trainers.trainers import OptimizationStepper, TargetNetUpdaterHook, Trainer
 
 from torchrl_evor.modules.functional import check_positive
 from torchrl_evor.trainers.offline_source import OfflineSource

@@ -37,7 +37,7 @@ class OGBenchExperienceReplayConfig(ConfigBase):
     prefetch: int | None = None
     transform: Any = None
     _partial_: bool = False
-    _target_: str = "torchrl_evor.OGBenchExperienceReplay"
+    _target_: str = "torchrl_evor.data.OGBenchExperienceReplay"
 
     def __post_init__(self) -> None:
         """Nothing is left to be done."""
@@ -53,7 +53,7 @@ class OGBenchEnvConfig(ConfigBase):
     reward_type: str = "default"
     device: str | None = None
     _partial_: bool = False
-    _target_: str = "torchrl_evor.OGBenchEnv"
+    _target_: str = "torchrl_evor.envs.OGBenchEnv"
 
     def __post_init__(self) -> None:
         """Nothing is left to be done."""
