@@ -22,8 +22,11 @@ from torchrl_evor.modules.functional import (
     integrate,
     interpolate,
     log_mean_exp,
+    soft_choice,
+    standard_gumbel,
     stratified_normal,
 )
+from torchrl_evor.triton_kernels.reference import choose_candidate, q_star
 
 INF = float("inf")
 
@@ -140,10 +143,38 @@ class TestLogMeanExp:
             )
             assert log_mean_exp(torch.zeros(0, 4), tau).shape == (0,)
 
+    @pytest.mark.parametrize("tau", [0.0, 0.3, 7.0, 1e6, INF])
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_agrees_with_the_kernels_reference(self, tau, weighted):
+        """Which is written apart from it; a node of no weight is the highest of its row."""
+        values = torch.randn(5, 4, dtype=torch.float64).sort(-1).values
+        log_weights = torch.tensor([0.2, 0.3, 0.5, 0.0], dtype=torch.float64).log()
+        log_weights = log_weights if weighted else None
+        got = log_mean_exp(values, tau, log_weights=log_weights)
+        torch.testing.assert_close(got, q_star(values, tau, log_weights), rtol=1e-9, atol=1e-9)
+
     @pytest.mark.parametrize("tau", [-1e-6, -INF, float("nan")])
     def test_bad_temperature(self, tau):
         with pytest.raises(ValueError, match="tau must be a temperature"):
             log_mean_exp(torch.zeros(2), tau)
+
+
+class TestSoftChoice:
+    @pytest.mark.parametrize("tau", [0.0, 2.0])
+    def test_a_nan_never_wins(self, tau):
+        nan = float("nan")
+        values = torch.tensor([[nan, 1.0, 3.0, 3.0], [nan, nan, -INF, nan], [nan] * 4])
+        gumbel = torch.zeros(3, 4)
+        index = soft_choice(values, tau, gumbel)
+        assert index[0] == 2
+        assert torch.equal(index, choose_candidate(values, gumbel, tau))
+
+    def test_a_seed_means_the_same_noise_for_any_strides(self):
+        shape, drawn = (3, 5), []
+        for like in (torch.zeros(shape), torch.zeros(5, 3).mT, torch.zeros(3, 5, 2)[..., 0]):
+            torch.manual_seed(0)
+            drawn.append(standard_gumbel(like))
+        assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
 
 class TestStratifiedNormal:

@@ -180,6 +180,33 @@ class TestShapes:
         assert {value.dtype for value in losses.values()} == {dtype}
         total(losses).backward()
 
+    @pytest.mark.parametrize("return_bounds", [None, (-20.0, 20.0)])
+    def test_half_precision(self, return_bounds):
+        """Losses in the networks' dtype; what is told in reward units keeps its digits."""
+        loss = make_loss(torch.bfloat16, return_bounds=return_bounds)
+        losses = loss(make_batch(8, dtype=torch.bfloat16))
+        assert losses["loss_actor"].dtype == losses["loss_value"].dtype == torch.bfloat16
+        assert losses["value_target"].dtype == torch.float32
+        total(losses).backward()
+
+    def test_rewards_of_another_dtype(self):
+        loss, batch = make_loss(next_action="dataset"), make_batch(8)
+        double = batch.clone()
+        double["next", "reward"] = batch["next", "reward"].double()
+        assert (seeded_call(loss, double) == seeded_call(loss, batch)).all()
+
+    def test_a_cast_reaches_the_networks(self):
+        """Their buffers too, so that units set later hold for loss and actor alike."""
+        policy, returns = make_networks()
+        loss = EVORLoss(policy, returns).double()
+        for module in (policy, returns):
+            assert {t.dtype for t in module.state_dict().values()} == {torch.float64}
+        returns.set_normalization(5.0, 2.0)
+        assert loss.value_network_params["loc"] == 5
+        assert loss.value_network_params["scale"] == 2
+        total(loss(make_batch(4, dtype=torch.float64))).backward()
+        assert all(p.grad is not None for p in returns.parameters())
+
     def test_wrong_network_output(self):
         policy, returns = make_networks()
         with pytest.raises(ValueError, match=r"velocity_network .* \(8, 2\), got \(8, 3\)"):

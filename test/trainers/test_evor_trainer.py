@@ -9,11 +9,13 @@ import copy
 import pytest
 import torch
 from _known_laws import Chain
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers import RandomSampler, SamplerWithoutReplacement
 from torchrl.objectives import BCLoss, SoftUpdate
+from torchrl.objectives.common import LossModule
 from torchrl.record import CSVLogger
 
 from torchrl_evor import EVORLoss, FlowMatchingPolicy, ReturnFlow, VelocityMLP
@@ -260,6 +262,17 @@ class TestBadInput:
         actor = TensorDictModule(nn.Linear(4, 1), in_keys=["observation"], out_keys=["action"])
         buffer = TensorDictReplayBuffer(storage=WindowStorage(ted, n_step=5), batch_size=16)
         make_trainer(BCLoss(actor), updater=False, replay_buffer=buffer)
+
+    def test_a_loss_that_names_no_keys(self):
+        class Square(LossModule):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.ones(()))
+
+            def forward(self, tensordict):
+                return TensorDict(loss=(self.weight * tensordict["observation"]).square().mean())
+
+        make_trainer(Square(), updater=False, replay_buffer=make_buffer()).train()
 
     def test_not_a_multiple(self):
         with pytest.raises(ValueError, match="total_updates must be a multiple .* got 6 and 4"):

@@ -129,7 +129,7 @@ def log_mean_exp(
 
     The optimal regularised value of `Q# <https://arxiv.org/abs/2502.20548>`_,
     Theorem 2.2, when ``values`` are samples of the reward-to-go. ``tau=0`` is
-    the maximum and ``tau=inf`` the (weighted) mean.
+    the maximum over nodes of positive weight, ``tau=inf`` the (weighted) mean.
 
     Args:
         values (Tensor): nodes, for instance returns in reward units.
@@ -153,6 +153,8 @@ def log_mean_exp(
     check_temperature("tau", tau)
     if values.dtype in (torch.float16, torch.bfloat16):  # too short for sums over many nodes
         return log_mean_exp(values.float(), tau, dim, log_weights).to(values.dtype)
+    if tau == 0 and log_weights is not None:
+        values = values.masked_fill(log_weights == -math.inf, -math.inf)
     top = values.amax(dim, keepdim=True)
     if tau == 0:
         return top.squeeze(dim)
@@ -181,7 +183,8 @@ def soft_choice(values: Tensor, tau: float, gumbel: Tensor | None = None) -> Ten
             default, where ``tau`` is positive.
 
     Returns:
-        Tensor: int64 index, ``[*B]``; the first of equals.
+        Tensor: int64 index, ``[*B]``; the first of equals. A value that is NaN never
+        wins against one that is not.
 
     Examples:
         >>> import torch
@@ -192,12 +195,14 @@ def soft_choice(values: Tensor, tau: float, gumbel: Tensor | None = None) -> Ten
         if gumbel is None:
             gumbel = standard_gumbel(values)
         values = values / tau + gumbel
-    return values.argmax(-1)
+    return values.masked_fill(values.isnan(), -math.inf).argmax(-1)
 
 
 def standard_gumbel(like: Tensor) -> Tensor:
     """Standard Gumbel noise of the shape, dtype and device of ``like``."""
-    return -torch.empty_like(like).exponential_().log()
+    # In one order of memory, so that a seed means the same numbers for views of any strides.
+    empty = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return -empty.exponential_().log()
 
 
 def check_temperature(name: str, value: float) -> float:

@@ -49,8 +49,9 @@ class CriticLoss(FlowPolicyLoss):
     .. note::
         The discount belongs to ``loss.make_value_estimator(gamma=...)``, 0.99
         by default. n-step batches and chunks carry ``"steps_to_next_obs"``.
-        Rows whose chunk is padded (``"action_is_pad"``) do not count: the
-        padded steps not for the policy, the whole row not for the critic.
+        Where a row's chunk is padded (``"action_is_pad"``), its error is 0, for
+        the policy in the padded steps, for the critic in the whole row; means
+        are over all rows.
         The loss writes the absolute error of each row's expected return to
         ``"td_error"`` in its input.
 

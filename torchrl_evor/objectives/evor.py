@@ -95,8 +95,9 @@ class EVORLoss(FlowPolicyLoss):
         row to ``"td_error"`` in its input.
 
     .. note::
-        Rows whose chunk of actions is padded (``"action_is_pad"``) do not count:
-        the padded steps not for the policy, the whole row not for the value.
+        Where a row's chunk of actions is padded (``"action_is_pad"``), its error
+        is 0, for the policy in the padded steps, for the value in the whole
+        row. Means are over all rows, as in the official Q-chunking code.
 
     .. note::
         Data parallelism through ``DistributedDataParallel`` works; fully
@@ -228,6 +229,8 @@ class EVORLoss(FlowPolicyLoss):
                 for bound in self.return_bounds or ()
             ]
             reward = self.value_network.normalize_reward(reward, discount)
+        # loc and scale may have more digits than the networks.
+        reward, *bounds = (tensor.to(discount) for tensor in (reward, *bounds))
         observation = tensordict[unravel_key(("next", self._value_observation))]
         action = self._next_action(tensordict)
         rows = self.value_network.expand_members(reward)

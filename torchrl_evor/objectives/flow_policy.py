@@ -102,6 +102,19 @@ class FlowPolicyLoss(LossModule):
         # Built here, so that the discount is part of every state_dict.
         self.make_value_estimator()
 
+    def _apply(self, fn):
+        """Casts or moves the loss and with it the networks that it was made of."""
+        super()._apply(fn)
+        # Parameters are cast in place; a cast buffer is a new tensor, which the network has to get.
+        for name, params in self.named_children():
+            if isinstance(params, TensorDictParams) and not name.startswith("target_"):
+                network = getattr(self, name.removesuffix("_params"))
+                for key, _ in network.named_buffers():
+                    *path, leaf = key.split(".")
+                    module = network.get_submodule(".".join(path))
+                    module._buffers[leaf] = params.get((*path, leaf)).data
+        return self
+
     @property
     def in_keys(self) -> list[NestedKey]:
         """Keys of the batch that the loss needs, from the networks' and its own."""
@@ -198,7 +211,9 @@ class FlowPolicyLoss(LossModule):
         reward = self.value_estimator.value_estimate(step, next_value=zero)
         step.set(reward_key, zero)
         discount = self.value_estimator.value_estimate(step, next_value=zero + 1)
-        return reward, discount
+        # Networks read the batch's actions; the estimator has a dtype of its own.
+        dtype = tensordict[keys.action].dtype
+        return reward.to(dtype), discount.to(dtype)
 
     def _without_padded(self, error: Tensor, tensordict: TensorDictBase) -> Tensor:
         """``error`` ``[*B]``, zero where a part of the row's chunk is padded."""

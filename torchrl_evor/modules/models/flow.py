@@ -231,4 +231,4 @@ class FlowMatchingModel(nn.Module):
         action = integrate(
             lambda action, time: self.velocity(observation, action, time), noise, self.num_steps
         )
-        return action.clamp(self.low, self.high)
+        return action.clamp(self.low.to(action), self.high.to(action))

@@ -229,7 +229,7 @@ class EVORTrainer(Trainer):
 def _check_discounts(loss_module: LossModule, replay_buffer: TensorDictReplayBuffer) -> None:
     """Rewards within a window and the value behind it make no return if discounted differently."""
     windows = replay_buffer.storage
-    reads = {unravel_key(key) for key in loss_module.in_keys}
+    reads = {unravel_key(key) for key in getattr(loss_module, "in_keys", ())}
     reward = getattr(loss_module.tensor_keys, "reward", None)
     if (
         reward is None
