@@ -720,6 +720,30 @@ def test_many_tasks_have_the_windows_of_each(root, short_run, chunk_size):
         assert torch.equal(imitated["action"][0], batch["action"])
 
 
+@pytest.mark.parametrize("method", ["scalar", "hl_gauss", "categorical", "quantile"])
+def test_critics_of_many_act_as_they_were_trained(root, short_run, tmp_path, method):
+    """Q* of each task's agent, read from its file, is that of its part of the stack."""
+    import agents
+    import many
+    from hydra import compose, initialize_config_dir
+
+    options = [f"data.root={root / 'data'}", *SMALL_MANY, "tasks=[1,2]", "n_steps=[2]"]
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        cfg = compose("many", overrides=[*options, f"methods=[{method}]", "num_atoms=7"])
+    program = many.Program(cfg, TASK, 0.9, torch.device("cpu"))
+    program.update()
+    observation, candidates = torch.randn(2, 5, 2), torch.rand(2, 5, 3, 2)
+    critic = program.losses[method].qvalue_network
+    with torch.no_grad():
+        want = critic.q_star(observation.unsqueeze(-2), candidates, tau=3.0)
+        for index, (setting, agent) in enumerate(program.agents(method)):
+            path = agents.save(tmp_path, TASK, method, setting, agent, program, 1.0)
+            returns = agents.build(agents.read(path)).returns
+            got = returns.q_star(observation[index].unsqueeze(-2), candidates[index], tau=3.0)
+            torch.testing.assert_close(got, want[index], rtol=1e-5, atol=1e-4)
+            assert type(returns) is type(critic)
+
+
 def test_many_methods_share_their_rows(root, short_run, monkeypatch):
     """A long window may start shortly before a terminal, where a short one cannot."""
     import many
@@ -823,7 +847,7 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
     cfg = program(f"evaluate={tmp_path}", "methods=[scalar]", "seeds=[1]").cfg
     assert [path.name for path in agents.find(cfg)] == [f"{TASK}_task1_seed1_scalar_n5.pt"]
     cfg.tasks = [2]
-    with pytest.raises(ValueError, match=r"evaluate=.* must hold agents of .*'task': \[2\]"):
+    with pytest.raises(ValueError, match="evaluate=.* got none of: .* task 2 seed 1 scalar"):
         agents.find(cfg)
     with pytest.raises(ValueError, match="must be without 'bc' where policies are kept"):
         program(f"policies={tmp_path}", "methods=[evor,bc]")
@@ -850,7 +874,9 @@ def test_many_in_chunks(root):
         "num_updates=2",
         "tasks=[1]",
         "n_steps=[2]",
-        "methods=[evor,scalar,qc,bc]",
+        "methods=[evor,scalar,categorical,qc,bc]",
+        "num_atoms=7",
+        "tau_rs=[inf,3.0]",
         "bound_returns=true",
         "qc_candidates=2",
         f"results_dir={output / 'results'}",
@@ -858,7 +884,16 @@ def test_many_in_chunks(root):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     rows = results_io.read_rows(output / "results")
-    assert {row.method for row in rows} == {"evor-3", "scalar-3", "qc-3", "bc-3"}
+    readings = {
+        method: sorted(row.tau_r for row in rows if row.method == f"{method}-3")
+        for method in ("evor", "scalar", "categorical", "qc", "bc")
+    }
+    several, mean = [3.0, math.inf], [math.inf]
+    assert readings == {
+        **dict.fromkeys(("evor", "categorical"), several),
+        **dict.fromkeys(("scalar", "qc"), mean),
+        "bc": [None],
+    }
     assert all("observation_spread=1 " in row.training for row in rows)
     trained = studies.load(output / "agents" / f"{TASK}_task1_seed0_evor-3_n2.pt")
     assert (trained.method, trained.chunk_size) == ("evor-3", 3)
@@ -868,7 +903,8 @@ def test_many_in_chunks(root):
     places = [f"evaluate={output / 'agents'}", f"results_dir={output / 'results'}"]
     result = run("many.py", root, *small, *places, f"hydra.run.dir={output / 'again'}")
     assert result.returncode == 0, result.stderr[-2000:]
-    first, second = results_io.read_file(output / "results" / TASK / "evor-3.csv")
+    rows = results_io.read_file(output / "results" / TASK / "evor-3.csv")
+    first, second = (row for row in rows if row.tau_r == math.inf)
     assert (first.nodes, second.nodes) == ("stratified", "gauss_hermite")
     assert first.train_seconds == second.train_seconds > 0
 

@@ -174,6 +174,21 @@ class TestReading:
         with pytest.raises(ValueError, match="method='iql' only, got .* 'bc'"):
             results_io.read_rows(root)
 
+    @pytest.mark.parametrize("place", ["evor.csv", f"{ENV}/seed0/evor.csv"])
+    def test_files_in_other_places(self, root, place):
+        add(root)
+        path = root / place
+        path.parent.mkdir(exist_ok=True)
+        path.write_text((root / ENV / "evor.csv").read_text())
+        with pytest.raises(ValueError, match=rf"hold <env>/<method>.csv alone, got .*{place}"):
+            results_io.read_rows(root)
+
+    def test_files_without_rows(self, root):
+        add(root)
+        (root / ENV / "bc.csv").write_text((root / ENV / "evor.csv").read_text().splitlines()[0])
+        with pytest.raises(ValueError, match="bc.csv must hold rows, got none"):
+            results_io.read_rows(root)
+
     def test_bad_cell_names_the_line(self, root):
         add(root, seed=0)
         add(root, seed=1)
@@ -206,17 +221,16 @@ class TestReport:
         assert line[2].startswith("70.0 [") and line[2].endswith("]")
         # sorted .2 .4 .6 1 1 1, one dropped at either end: 3.0 / 4
         assert line[3].startswith("75.0 [")
-        assert line[4:] == ["-12.5 [-12.5, -12.5]", "10", "2.00", "-", "1,234", "-"]
+        assert line[4:] == ["-12.5 [-12.5, -12.5]", "1,000", "1,234", "10", "-", "2.00", "-"]
         # no spread among the seeds of a task: an interval of width zero
         assert cells(text, "bc")[2:4] == ["5.0 [5.0, 5.0]", "5.0 [5.0, 5.0]"]
-        assert cells(text, "bc")[4:6] == ["-40.0 [-40.0, -40.0]", "20"]
-        assert cells(text, "bc")[8] == "-"
+        assert cells(text, "bc")[4:8] == ["-40.0 [-40.0, -40.0]", "1,000", "-", "20"]
         tasks = text[text.index("| Method | Task 1 | Task 2 |") :]
         assert cells(tasks, "evor")[1:] == ["40.0", "100.0"]
         comparison = text[text.index("| evor against |") :]
         assert cells(comparison, "bc")[1].startswith("65.0 [")
         assert cells(comparison, "bc")[2:4] == ["100.0 [100.0, 100.0]", "27.5 [27.5, 27.5]"]
-        assert cells(comparison, "bc")[4] == "27.5, 27.5, 27.5"
+        assert cells(comparison, "bc")[4] == "55.0, 65.0, 75.0; 27.5, 27.5, 27.5"
         shared = "protocol small, num_updates 1000, num_transitions 99, hidden 8x8, batch_size 4"
         assert f"- All: {shared}, device cpu, episodes 10, tau_r inf, tau_q 0.0\n" in text
         command = "first of 6 runs: `python evor.py seed=0`"
@@ -231,7 +245,7 @@ class TestReport:
                 add(root, method="iql", task=task, seed=seed + 1, return_mean=1.0)
         text = run(root)
         comparison = text[text.index("| evor against |") :]
-        assert cells(comparison, "bc")[4] == "10.5, 20.5"
+        assert cells(comparison, "bc")[4] == "0.0, 0.0; 10.5, 20.5"
         assert cells(comparison, "iql")[4] == "-"
 
     def test_published_numbers_stand_apart(self, root):
@@ -241,7 +255,7 @@ class TestReport:
         assert header[-1] == "**Published, not our runs** (%)"
         assert cells(text, "qc-5")[-1] == "66 [63, 70] (arXiv 2507.07969)"
         # Methods that were not run have nothing but their citation.
-        assert cells(text, "*Value Flows*")[1:] == ["-"] * 8 + ["69 ± 4 (arXiv 2510.07650)"]
+        assert cells(text, "*Value Flows*")[1:] == ["-"] * 9 + ["69 ± 4 (arXiv 2510.07650)"]
 
     def test_several_environments(self, root):
         for env, success in ((ENV, 0.0), ("scene-play", 1.0)):
@@ -287,7 +301,8 @@ class TestReport:
             run(root)
 
     @pytest.mark.parametrize(
-        "column, value", [("protocol", "large"), ("num_transitions", 5), ("episodes", 50)]
+        "column, value",
+        [("protocol", "large"), ("num_transitions", 5), ("episodes", 50), ("num_updates", 7)],
     )
     def test_mixed_protocols_are_an_error(self, root, column, value):
         add_all(root, "evor", [[1.0], [1.0]])
@@ -296,6 +311,33 @@ class TestReport:
             run(root)
         text = run(root, "--where", f"{column}={FULL[column]}")
         assert "| bc |" not in text
+
+    def test_budgets_are_mixed_on_request(self, root):
+        add_all(root, "evor", [[1.0], [1.0]])
+        add_all(root, "bc", [[1.0], [1.0]], num_updates=7)
+        text = run(root, "--mix", "num_updates")
+        assert [cells(text, name)[5] for name in ("evor", "bc")] == ["1,000", "7"]
+        with pytest.raises(ValueError, match=r"--mix must be one of protocol, .*, got \['seed'\]"):
+            run(root, "--mix", "seed")
+
+    @pytest.mark.parametrize(
+        "changes, key",
+        [
+            ({"protocol": "large"}, "protocol"),
+            ({"num_updates": 7}, "num_updates"),
+            ({"training": "lr=0.5 gamma=0.99"}, "lr"),
+        ],
+    )
+    def test_environments_of_different_protocols_are_not_averaged(self, root, changes, key):
+        add_all(root, "evor", [[1.0], [1.0]])
+        add_all(root, "evor", [[0.0], [0.0]], env="scene-play", **changes)
+        with pytest.raises(ValueError, match=f"evor: different {key} would be averaged: .*scene"):
+            run(root)
+
+    def test_environments_may_have_discounts_of_their_own(self, root):
+        add_all(root, "evor", [[1.0], [1.0]])
+        add_all(root, "evor", [[0.0], [0.0]], env="scene-play", training="lr=0.001 gamma=0.9")
+        assert "| evor | 2 × 2 | 50.0 [50.0, 50.0] |" in run(root)
 
     @pytest.mark.parametrize(
         "column, value",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ if _has_extras:
     import stitch_study
     import studies
     from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
 
     from torchrl_evor import VelocityMLP
     from torchrl_evor.data.datasets import _ogbench_episodes
@@ -69,6 +71,7 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
         policy_steps=2,
         value_steps=2,
         value_solver="euler",
+        num_atoms=7,
         data=SimpleNamespace(batch_size=4),
     )
     windows = {method: SimpleNamespace(observation=torch.zeros(7, observation_dim))}
@@ -78,6 +81,7 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
         cfg=cfg,
         training_text=lambda method: f"data=official method={method}",
         policy_updates=3,
+        support=(-2.0, 2.0),
         device=torch.device("cpu"),
     )
     return agents.save(folder, TASK["env"], method, setting, agent, program, train_seconds=60.0)
@@ -86,14 +90,31 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
 def row(value, success, episodes=10, seed=0, **other):
     return {
         "num_candidates": value,
+        "env": TASK["env"],
+        "task": 1,
         "method": "evor",
         "seed": seed,
+        "checkpoint": "outputs/first",
         "episodes": episodes,
         "success": success,
         "length_mean": 100.0,
         "latency_seconds": 0.001,
         **other,
     }
+
+
+def changed(path: Path, **entries) -> Path:
+    """An agent file with other entries."""
+    torch.save({**torch.load(path), **entries}, path)
+    return path
+
+
+def as_program(monkeypatch, *overrides: str):
+    """Configuration of many.py as its command line gives it."""
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        cfg = compose("many", overrides=list(overrides), return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
+    return cfg
 
 
 class TestRows:
@@ -134,6 +155,142 @@ class TestRows:
         ]
         studies.plot_success(rows, "num_candidates", ("method",), tmp_path / "picture.png")
         assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_tasks_and_seeds_are_one_line(self, tmp_path, monkeypatch):
+        """Each of them is a run of its own, and so another checkpoint."""
+        drawn = []
+        monkeypatch.setattr(studies.figures, "save", lambda figure, path: drawn.append(figure))
+        rows = [
+            row(value, 0.5, task=task, seed=seed, checkpoint=f"outputs/task{task}/seed{seed}/date")
+            for task in (1, 2)
+            for seed in (0, 1)
+            for value in (1, 2)
+        ]
+        studies.plot_success(rows, "num_candidates", ("method",), tmp_path / "picture.png")
+        assert len(drawn[0].axes[0].containers) == 1
+
+    def test_two_trainings_of_a_seed_are_no_point(self, tmp_path):
+        rows = [row(1, 0.5), row(2, 0.5), row("2.0", 0.9, checkpoint="outputs/second")]
+        path = tmp_path / "picture.png"
+        with pytest.raises(
+            ValueError, match="one training of .* task 1 seed 0 .*'outputs/first' and 'outputs/sec"
+        ):
+            studies.plot_success(rows, "num_candidates", ("method",), path)
+        rows[2]["method"] = "scalar"
+        studies.plot_success(rows, "num_candidates", ("method",), path)
+
+    def test_rows_of_two_trainings_are_kept(self, tmp_path, monkeypatch):
+        outcome = {
+            "episodes": 2,
+            "success": 0.5,
+            "return_mean": -10.0,
+            "length_mean": 10.0,
+            "eval_seconds_per_decision": 0.1,
+            "latency_seconds": 0.1,
+        }
+        monkeypatch.setattr(studies, "evaluate", lambda *args, **options: outcome)
+        files = [str(agent_file(tmp_path / name)) for name in ("first", "second")]
+        options = [f"results_dir={tmp_path}", "values=[1,2]", "device=cpu"]
+        path = studies.csv_path(tmp_path, "candidates", TASK["env"])
+        inference_study.run(config("inference_study", f"checkpoint={files[0]}", *options))
+        with pytest.raises(ValueError, match="All rows are kept"):
+            inference_study.run(config("inference_study", f"checkpoint={files[1]}", *options))
+        assert [r["checkpoint"] for r in studies.read(path)] == [files[0]] * 2 + [files[1]] * 2
+
+
+class TestAgentFiles:
+    """Which of them ``many.py evaluate=`` takes, and what it refuses."""
+
+    def find(self, monkeypatch, folder: Path, *overrides: str):
+        chosen = [f"evaluate={folder}", "tasks=[1]", "methods=[evor]"]
+        return agents.find(as_program(monkeypatch, *chosen, *overrides))
+
+    @pytest.mark.parametrize(
+        "override, message",
+        [
+            ("chunk_size=2", r"chunk_size=2 must be .* was built with 1\."),
+            ("hidden_sizes=[16,16]", r"hidden_sizes=\[16, 16\] must be .* was built with \[8\]"),
+            ("policy_steps=4", "policy_steps=4 must be .* was built with 2"),
+            ("num_critics.evor=3", "num_critics.evor=3 must be .* was built with 1"),
+            ("n_steps=[10]", r"n_steps=\[10\] must be .* was built with 5"),
+        ],
+    )
+    def test_a_given_option_must_be_theirs(self, tmp_path, monkeypatch, override, message):
+        agent_file(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            self.find(monkeypatch, tmp_path, override)
+
+    def test_defaults_say_nothing_about_them(self, tmp_path, monkeypatch):
+        path = changed(agent_file(tmp_path), chunk_size=5)
+        given = ["n_steps=[5,10]", "chunk_size=5", "hidden_sizes=[8]", "num_critics.scalar=2"]
+        assert self.find(monkeypatch, tmp_path) == {path: "evor"}
+        assert self.find(monkeypatch, tmp_path, *given, "actor.tau_q=3.0") == {path: "evor"}
+
+    def test_options_of_runs_that_are_not_chosen_are_left_alone(self, tmp_path, monkeypatch):
+        changed(agent_file(tmp_path, method="scalar"), chunk_size=5)
+        path = agent_file(tmp_path)
+        assert self.find(monkeypatch, tmp_path, "chunk_size=1") == {path: "evor"}
+
+    def test_every_run_that_was_asked_for_exists(self, tmp_path, monkeypatch):
+        agent_file(tmp_path)
+        with pytest.raises(ValueError, match="evaluate=.* must hold agents of all") as error:
+            self.find(monkeypatch, tmp_path, "tasks=[1,2]", "seeds=[0,1]")
+        (listed,) = re.findall("got none of: (.*)[.]", str(error.value))
+        runs = ("task 1 seed 1", "task 2 seed 0", "task 2 seed 1")
+        assert listed == ", ".join(f"{TASK['env']} {run} evor" for run in runs)
+
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            (b"junk", "got one that PyTorch cannot read"),
+            (b"", "got one that PyTorch cannot read"),
+            ({"weights": torch.zeros(2)}, r"with entries \['env', 'method'"),
+            (torch.zeros(2), "a dict, got a Tensor"),
+        ],
+    )
+    def test_a_file_of_another_kind_is_named(self, tmp_path, monkeypatch, content, message):
+        path = tmp_path / f"{TASK['env']}_task1_seed0_other.pt"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        message = f"{path.name}' must be an agent file of many.py, {message}"
+        with pytest.raises(ValueError, match=message):
+            self.find(monkeypatch, tmp_path)
+        with pytest.raises(ValueError, match=message):
+            agents.load_policy(tmp_path, TASK["env"], 0, {}, "")
+
+    def test_the_cause_is_chained(self, tmp_path):
+        (tmp_path / "junk.pt").write_bytes(b"junk")
+        with pytest.raises(ValueError) as error:
+            agents.read(tmp_path / "junk.pt")
+        assert error.value.__cause__ is not None
+        with pytest.raises(FileNotFoundError):
+            agents.read(tmp_path / "none.pt")
+
+    @pytest.mark.parametrize("method", ["evor", "scalar"])
+    def test_a_file_that_is_older_than_some_entries(self, tmp_path, monkeypatch, method):
+        path = agent_file(tmp_path, method=method)
+        content = {key: x for key, x in torch.load(path).items() if key not in agents.YOUNGER}
+        torch.save(content, path)
+        assert studies.load(path).chunk_size == 1
+        given = [f"methods=[{method}]", "num_atoms=9"]
+        assert self.find(monkeypatch, tmp_path, *given) == {path: method}
+
+    @pytest.mark.parametrize("method", ["evor", "scalar"])
+    @pytest.mark.parametrize(
+        "entries",
+        [{"chunk_size": 2}, {"env": "cube-single-play"}, {"env": "antmaze-medium-navigate"}],
+    )
+    def test_networks_must_fit_environment_and_chunks(self, tmp_path, method, entries):
+        path = changed(agent_file(tmp_path, method=method), **entries)
+        env = entries.get("env", TASK["env"])
+        message = f"checkpoint=.*{path.name}' must fit env='{env}' and chunk_size=.* a policy of 5"
+        with pytest.raises(ValueError, match=message):
+            studies.load(path)
+
+    def test_a_value_must_fit_as_well(self, tmp_path):
+        other = torch.load(agent_file(tmp_path / "other", method="scalar"))["value"]
+        path = changed(agent_file(tmp_path), value=other)
+        with pytest.raises(ValueError, match="values of 6 inputs, got .*, values of 4"):
+            studies.load(path)
 
 
 class TestBadInput:

@@ -7,16 +7,19 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import math
 import multiprocessing
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import baselines
 import results_io
 import torch
 import utils
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
 
@@ -25,12 +28,30 @@ from torchrl_evor import (
     FlowMatchingPolicy,
     OGBenchEnv,
     ReturnFlow,
-    ScalarCritic,
     StackedVelocityMLP,
     VelocityMLP,
 )
 from torchrl_evor.envs import rollout_episodes
 from torchrl_evor.modules.functional import check_positive
+
+# Entries that are younger than the oldest agent files; None: such a file does not say.
+YOUNGER = {
+    "chunk_size": 1,
+    "layer_norm": True,
+    **dict.fromkeys(("training", "policy_updates", "train_seconds", "peak_memory_mb")),
+    **dict.fromkeys(("support", "num_atoms")),
+}
+# Entries of every agent file: which run it is, how its networks are built, and they.
+REQUIRED = (
+    *("env", "method", "seed", "task", "n_step", "num_updates", "num_transitions", "batch_size"),
+    *("hidden_sizes", "activation", "policy_steps", "value_steps", "value_solver"),
+    *("loc", "scale", "policy", "value"),
+)
+# Options of many.yaml that an agent file holds under the same name.
+BUILT_WITH = (
+    *("chunk_size", "hidden_sizes", "activation", "layer_norm"),
+    *("policy_steps", "value_steps", "value_solver", "num_atoms"),
+)
 
 
 @dataclass
@@ -68,6 +89,8 @@ def save(
         "peak_memory_mb": utils.peak_memory_mb(program.device),
         "loc": agent.loc,
         "scale": agent.scale,
+        "support": list(program.support),
+        "num_atoms": program.cfg.num_atoms,
         "policy": {key: value.cpu() for key, value in agent.policy.state_dict().items()},
         "value": [
             {key: value.cpu() for key, value in member.state_dict().items()}
@@ -82,33 +105,76 @@ def save(
 
 
 def read(path: Path) -> dict:
-    """Content of an agent file, with the defaults of what is younger than the file."""
-    unknown = dict.fromkeys(("training", "policy_updates", "train_seconds", "peak_memory_mb"))
-    younger = {"chunk_size": 1, "layer_norm": True, **unknown}
-    return {**younger, **torch.load(path, map_location="cpu", weights_only=True)}
+    """Content of an agent file, with the defaults of what is younger than the file.
+
+    Raises:
+        ValueError: if the file is of another kind.
+    """
+    expected = f"{str(path)!r} must be an agent file of many.py"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:  # which names the path itself
+        raise
+    except Exception as error:  # a broken file may raise anything
+        raise ValueError(f"{expected}, got one that PyTorch cannot read.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{expected}, a dict, got a {type(content).__name__}.")
+    missing = [key for key in REQUIRED if key not in content]
+    if missing:
+        raise ValueError(f"{expected}, with entries {missing}, got none of them.")
+    return {**YOUNGER, **content}
 
 
 def find(cfg: DictConfig) -> dict[Path, str]:
     """Agent files in ``cfg.evaluate`` of the chosen runs, with their methods.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if a chosen run has none, the folder holds a file of another kind, or an agent
+            was built with other values than the command line says.
     """
-    chosen = {
-        "env": [env.name for env in cfg.envs],
-        "task": list(cfg.tasks),
-        "seed": list(cfg.seeds),
-        "method": list(cfg.methods),
-    }
-    contents = {path: read(path) for path in sorted(Path(cfg.evaluate).glob("*.pt"))}
-    files = {
-        path: content["method"]
-        for path, content in contents.items()
-        if all(content[key] in values for key, values in chosen.items())
-    }
-    if not files:
-        raise ValueError(f"evaluate={cfg.evaluate!r} must hold agents of {chosen}, got none.")
+    names = [env.name for env in cfg.envs]
+    chosen = list(itertools.product(names, cfg.tasks, cfg.seeds, cfg.methods))
+    files, found, given = {}, set(), given_options()
+    for path in sorted(Path(cfg.evaluate).glob("*.pt")):
+        content = read(path)
+        run = tuple(content[key] for key in ("env", "task", "seed", "method"))
+        if run in chosen:
+            _check_options(path, content, cfg, given)
+            files[path] = content["method"]
+            found.add(run)
+    missing = ["{} task {} seed {} {}".format(*run) for run in chosen if run not in found]
+    if missing:
+        raise ValueError(
+            f"evaluate={cfg.evaluate!r} must hold agents of all envs, tasks, seeds and methods, "
+            f"got none of: {', '.join(missing)}."
+        )
     return files
+
+
+def given_options() -> set[str]:
+    """Options that the command line sets; outside of a Hydra program there are none.
+
+    Only these can contradict an agent file: those of its training need not be given again, and
+    the others are defaults, which say nothing about it.
+    """
+    if not HydraConfig.initialized():
+        return set()
+    return {text.lstrip("+").split("=")[0] for text in HydraConfig.get().overrides.task}
+
+
+def _check_options(path: Path, content: dict, cfg: DictConfig, given: set[str]) -> None:
+    method = content["method"]
+    theirs = {name: content[name] for name in BUILT_WITH if content[name] is not None}
+    theirs[f"num_critics.{method}"] = len(content["value"])
+    if method not in ("qc", "bc"):  # of one decision, whatever n_steps says
+        theirs["n_steps"] = content["n_step"]
+    for name in (name for name in theirs if name in given):
+        ours = OmegaConf.select(cfg, name)
+        if theirs[name] not in (ours if name == "n_steps" else [ours]):
+            raise ValueError(
+                f"{name}={ours} must be that of the agents in evaluate: {path} was built with "
+                f"{theirs[name]}."
+            )
 
 
 def label(content: dict) -> str:
@@ -136,7 +202,9 @@ def build(content: dict, device: torch.device | str = "cpu", **actor_options):
         returns = ReturnFlow(members, steps, solver=solver, **units)
     else:
         network = members[0] if len(members) == 1 else StackedVelocityMLP.from_models(members)
-        returns = ScalarCritic(network, num_critics=len(members), **units)
+        kind = "scalar" if content["method"] == "qc" else content["method"]
+        atoms = {key: content[key] for key in ("support", "num_atoms")}
+        returns = baselines.make_critic(kind, network, num_critics=len(members), **atoms, **units)
     return EVORActor(policy, returns, **actor_options).to(device)
 
 
@@ -176,11 +244,15 @@ def load_policy(
     return policy, content["policy_updates"] or content["num_updates"]
 
 
-def _network(content: dict, state: dict, layer_norm: bool) -> VelocityMLP:
+def sizes(state: dict) -> tuple[int, int]:
+    """Inputs and outputs of the network with these weights."""
     weights = [value for value in state.values() if value.ndim == 2]
+    return weights[0].shape[1], weights[-1].shape[0]
+
+
+def _network(content: dict, state: dict, layer_norm: bool) -> VelocityMLP:
     network = VelocityMLP(
-        weights[0].shape[1],
-        weights[-1].shape[0],
+        *sizes(state),
         hidden_sizes=content["hidden_sizes"],
         activation=content["activation"],
         layer_norm=layer_norm,
@@ -233,7 +305,7 @@ def evaluate_all(cfg: DictConfig, files: dict[Path, str], device) -> None:
     jobs = [
         (path, {**cfg.actor, "tau_r": float(tau)})
         for path, method in files.items()
-        for tau in (cfg.tau_rs if method == "evor" else [math.inf])
+        for tau in (cfg.tau_rs if method in baselines.LAWS else [math.inf])
     ]
     check_positive("eval.num_envs", cfg.eval.num_envs)
     processes = cfg.eval.processes or len(os.sched_getaffinity(0))

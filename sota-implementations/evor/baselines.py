@@ -36,6 +36,10 @@ from torchrl_evor import (
 from torchrl_evor.objectives.flow_policy import FlowPolicyLoss
 
 METHODS = ("evor", "bc", "qc", "scalar", "hl_gauss", "categorical", "quantile", "iql")
+# Critics of EVOR's problem, policy evaluation.
+CRITICS = ("scalar", "hl_gauss", "categorical", "quantile")
+# Methods that know the law of the return, to which its temperature says something.
+LAWS = ("evor", "categorical", "quantile")
 
 
 @dataclass
@@ -107,21 +111,38 @@ class Sizes:
 
     def critic(self, kind: str) -> Critic:
         """Single critic of policy evaluation."""
-        units = {"loc": self.loc, "scale": self.scale}
-        if kind == "scalar":
-            return ScalarCritic(self.value_network(self.inputs), **units)
-        network = self.value_network(self.inputs, self.num_atoms)
-        if kind == "quantile":
-            return QuantileCritic(network, num_quantiles=self.num_atoms, **units)
-        cls = {"hl_gauss": HLGaussCritic, "categorical": CategoricalCritic}[kind]
-        low, high = self.support
-        return cls(network, low=low, high=high, num_atoms=self.num_atoms, **units)
+        network = self.value_network(self.inputs, 1 if kind == "scalar" else self.num_atoms)
+        atoms = {"support": self.support, "num_atoms": self.num_atoms}
+        return make_critic(kind, network, **atoms, loc=self.loc, scale=self.scale)
 
     def ensemble(self, num_critics: int) -> ScalarCritic:
         """Q-chunking's scalar critics."""
         stack = StackedVelocityMLP(num_critics, self.inputs, **self._value_options)
         stack = _standardized(stack, self.value_statistics)
         return ScalarCritic(stack, num_critics=num_critics, loc=self.loc, scale=self.scale)
+
+
+def make_critic(
+    kind: str, network: nn.Module, *, support: tuple[float, float], num_atoms: int, **options
+) -> Critic:
+    """Critic of policy evaluation.
+
+    Args:
+        kind (str): ``"scalar"``, ``"hl_gauss"``, ``"categorical"`` or ``"quantile"``.
+        network (nn.Module): with one output if ``"scalar"``, else ``num_atoms``.
+
+    Keyword Args:
+        support (tuple of float): lowest and highest atom, in z units.
+        num_atoms (int): atoms, bins or quantiles.
+        **options: ``loc``, ``scale`` and ``num_critics`` of :class:`Critic`.
+    """
+    if kind == "scalar":
+        return ScalarCritic(network, **options)
+    if kind == "quantile":
+        return QuantileCritic(network, num_quantiles=num_atoms, **options)
+    cls = {"hl_gauss": HLGaussCritic, "categorical": CategoricalCritic}[kind]
+    low, high = support
+    return cls(network, low=low, high=high, num_atoms=num_atoms, **options)
 
 
 def _standardized(network, statistics: tuple[Tensor, Tensor] | None):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import agents
+import baselines
 import hydra
 import results_io
 import torch
@@ -36,7 +37,6 @@ from torchrl_evor import (
     FlowMatchingPolicy,
     QCLoss,
     ReturnFlow,
-    ScalarCritic,
     StackedVelocityMLP,
 )
 from torchrl_evor.data import OGBenchExperienceReplay
@@ -155,7 +155,7 @@ class Program:
     def __init__(self, cfg: DictConfig, name: str, gamma: float, device: torch.device) -> None:
         check_positive("chunk_size", cfg.chunk_size)
         for method in cfg.methods:
-            check_choice("methods", method, ("evor", "scalar", "qc", "bc"))
+            check_choice("methods", method, ("evor", *baselines.CRITICS, "qc", "bc"))
         if cfg.policies is not None and "bc" in cfg.methods:
             # It would be counted as trained by the updates of this run.
             raise ValueError("methods must be without 'bc' where policies are kept, not trained.")
@@ -186,6 +186,7 @@ class Program:
         self.action_dim = cfg.chunk_size * self._first_windows.action.shape[-1]
         self.policy_units = utils.input_units(cfg.data.observation_spread, replay)
         self.value_units = utils.input_units(cfg.value_spread, replay)
+        self.support = utils.support(self._normalized_returns())
         self.policy = self._make_policy()
         # Behaviour cloning is the base policy, which the losses of all others train.
         learning = [method for method in cfg.methods if method != "bc"]
@@ -245,9 +246,17 @@ class Program:
             layer_norm=layer_norm,
         )
 
-    def _value_stack(self, num_models: int, in_features: int) -> StackedVelocityMLP:
-        network = self._stack(num_models, in_features, layer_norm=self.cfg.layer_norm)
+    def _value_stack(self, num_models: int, in_features: int, out_features: int = 1):
+        network = self._stack(num_models, in_features, out_features, self.cfg.layer_norm)
         return network.standardize_inputs_(*self.value_units)
+
+    def _normalized_returns(self) -> Tensor:
+        """The data's returns of all tasks, in the units of each."""
+        returns = []
+        for replay in self.replays.values():
+            loc, scale = replay.return_statistics(self.gamma)
+            returns.append((replay.empirical_returns(self.gamma) - loc) / scale)
+        return torch.stack(returns)
 
     def _make_loss(self, method: str) -> torch.nn.Module:
         """The loss of a method over its stack of value networks."""
@@ -269,18 +278,17 @@ class Program:
                 reduction="none",
             )
             return loss.make_value_estimator(gamma=self.gamma)
-        models = num_critics * len(settings)
-        network = self._value_stack(models, features)
-        critic = ScalarCritic(network, num_critics=num_critics, loc=loc, scale=scale)
-        if method == "scalar":
-            loss = CriticLoss(self.policy, critic, next_action="dataset", reduction="none")
+        kind = "scalar" if method == "qc" else method
+        outputs = 1 if kind == "scalar" else self.cfg.num_atoms
+        network = self._value_stack(num_critics * len(settings), features, outputs)
+        atoms = {"support": self.support, "num_atoms": self.cfg.num_atoms}
+        units = {"loc": loc, "scale": scale}
+        critic = baselines.make_critic(kind, network, num_critics=num_critics, **atoms, **units)
+        if method == "qc":
+            options = {"num_candidates": self.cfg.qc_candidates, "reduction": "none"}
+            loss = StackedQCLoss(self.policy, critic, **options)
         else:
-            loss = StackedQCLoss(
-                self.policy,
-                critic,
-                num_candidates=self.cfg.qc_candidates,
-                reduction="none",
-            )
+            loss = CriticLoss(self.policy, critic, next_action="dataset", reduction="none")
         return loss.make_value_estimator(gamma=self.gamma)
 
     def _return_bounds(self) -> tuple[float, float]:
@@ -398,6 +406,7 @@ def training_settings(cfg: DictConfig, gamma: float, origin: str) -> dict[str, o
         "bound_returns": cfg.bound_returns,
         "num_critics": cfg.num_critics.qc,
         "next_candidates": cfg.qc_candidates,
+        "num_atoms": cfg.num_atoms,
     }
 
 

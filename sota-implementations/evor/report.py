@@ -9,6 +9,7 @@
     python report.py --where evor:tau_r=inf           picks one of several settings
     python report.py --split tau_r                    shows each of them as a method of its own
     python report.py --same EVOR=evor,evor-5          one method in the table of all environments
+    python report.py --mix num_updates                methods of different budgets in one table
 
 Reads results/<env>/<method>.csv (see results_io.py), one row per trained seed and task. Per
 environment: mean and interquartile mean (IQM) of success with intervals by stratified bootstrap
@@ -24,6 +25,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +53,9 @@ HERE = Path(__file__).resolve().parent
 PLOTS = "@plots@"  # stands for the plots' folder as seen from the file that is written
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 # What all methods of one table must share; the remaining settings may differ between methods.
-SHARED = ("protocol", "num_transitions", "episodes")
+SHARED = ("protocol", "num_transitions", "episodes", "num_updates")
+# What belongs to an environment rather than to a method.
+OF_ENVIRONMENT = ("gamma",)
 
 
 @dataclasses.dataclass
@@ -102,7 +106,9 @@ class Estimator:
         self.num_resamples, self.confidence = num_resamples, confidence
         self.seed, self.single = seed, single
 
-    def interval(self, statistic, *scores: np.ndarray) -> tuple[float, float] | None:
+    def interval(
+        self, statistic, *scores: np.ndarray, paired: bool = False
+    ) -> tuple[float, float] | None:
         """The bootstrap interval; None for a single seed, where that was asked for."""
         if min(len(matrix) for matrix in scores) < 2:
             if self.single:
@@ -118,36 +124,44 @@ class Estimator:
             confidence=self.confidence,
             # The same draws for each estimate, so that a method more leaves the others as they are.
             generator=np.random.default_rng(self.seed),
+            paired=paired,
         )
 
-    def text(self, statistic, *scores: np.ndarray, scale: float = 100.0, form: str = ".1f") -> str:
+    def text(
+        self,
+        statistic,
+        *scores: np.ndarray,
+        scale: float = 100.0,
+        form: str = ".1f",
+        paired: bool = False,
+    ) -> str:
         """``estimate [low, high]``, in percent by default."""
-        value, interval = statistic(*scores), self.interval(statistic, *scores)
+        value, interval = statistic(*scores), self.interval(statistic, *scores, paired=paired)
         if interval is None:
             return f"{number(value, form, scale)} (1 seed)"
         low, high = (number(end, form, scale) for end in interval)
         return f"{number(value, form, scale)} [{low}, {high}]"
 
 
-def group(rows: list[ResultRow]) -> dict[str, list[Method]]:
-    """Environment -> its methods, each checked, comparable with each other."""
+def group(rows: list[ResultRow], mixed: Sequence[str] = ()) -> dict[str, list[Method]]:
+    """Environment -> its methods, each checked, comparable with each other but for ``mixed``."""
     environments = {}
     for env in sorted({row.env for row in rows}):
         here = [row for row in rows if row.env == env]
         names = sorted({row.method for row in here})
         methods = [Method(name, [row for row in here if row.method == name]) for name in names]
-        _check_comparable(env, methods)
+        _check_comparable(env, methods, mixed)
         environments[env] = methods
     return environments
 
 
-def _check_comparable(env: str, methods: list[Method]) -> None:
+def _check_comparable(env: str, methods: list[Method], mixed: Sequence[str]) -> None:
     for column in SHARED:
         values = {method.name: getattr(method.rows[0], column) for method in methods}
-        if len(set(values.values())) > 1:
+        if column not in mixed and len(set(values.values())) > 1:
             raise ValueError(
                 f"{env}: methods of different {column} would share a table: {values}. "
-                f"Choose with --where {column}=..."
+                f"Choose with --where {column}=... or allow it with --mix {column}."
             )
     data = {method.name: setting(method.rows[0], "data") for method in methods}
     # Older rows do not say which data they are of.
@@ -239,9 +253,8 @@ def success_cells(method: Method | Pooled, estimator: Estimator) -> list[str]:
 def main_table(methods: list[Method], published: list[dict], estimator: Estimator) -> str:
     """Success with intervals and cost of each method; published numbers in the last column."""
     level = f"{100 * estimator.confidence:g} %"
-    header = success_header(estimator)
-    header += [f"Return, mean [{level}]", "Training, s", "ms per decision", "Peak MB", "Parameters"]
-    header += ["**Published, not our runs** (%)"]
+    header = [*success_header(estimator), f"Return, mean [{level}]", "Updates", "Parameters"]
+    header += ["Training, s", "Peak MB", "ms per decision", "**Published, not our runs** (%)"]
     cited = {row["method"]: f"{row['success_percent']} ({row['source']})" for row in published}
     rows = []
     for method in methods:
@@ -249,14 +262,15 @@ def main_table(methods: list[Method], published: list[dict], estimator: Estimato
             [
                 *success_cells(method, estimator),
                 estimator.text(mean, method.returns, scale=1),
-                number(method.average("train_seconds")),
-                number(method.average("eval_seconds_per_decision"), ".2f", 1e3),
-                number(method.average("peak_memory_mb")),
+                number(method.average("num_updates")),
                 number(method.average("parameters")),
+                number(method.average("train_seconds")),
+                number(method.average("peak_memory_mb")),
+                number(method.average("eval_seconds_per_decision"), ".2f", 1e3),
                 cited.pop(method.name, "-"),
             ]
         )
-    rows += [[f"*{name}*", *["-"] * 8, text] for name, text in cited.items()]
+    rows += [[f"*{name}*", *["-"] * (len(header) - 2), text] for name, text in cited.items()]
     return table(header, rows)
 
 
@@ -278,27 +292,31 @@ def comparison_table(
         f"Difference of means, points [{level}]",
         f"Probability of improvement, % [{level}]",
         f"Difference of returns [{level}]",
-        "Of each seed",
+        "Of each seed: points; returns",
     ]
-    rows = [
-        [
-            other.name,
-            estimator.text(mean_difference, first.scores, other.scores),
-            estimator.text(probability_of_improvement, first.scores, other.scores),
-            estimator.text(mean_difference, first.returns, other.returns, scale=1),
-            differences_by_seed(first, other),
-        ]
-        for other in methods
-        if other is not first
-    ]
+    rows = []
+    for other in methods:
+        if other is first:
+            continue
+        # Runs of one seed share data, and in one program the base policy.
+        paired = first.seeds is not None and first.seeds == other.seeds
+        success, returns = (first.scores, other.scores), (first.returns, other.returns)
+        by_seed = [differences(*success, 100), differences(*returns, 1)] if paired else ["-"]
+        rows.append(
+            [
+                other.name,
+                estimator.text(mean_difference, *success, paired=paired),
+                estimator.text(probability_of_improvement, *success, paired=paired),
+                estimator.text(mean_difference, *returns, scale=1, paired=paired),
+                "; ".join(by_seed),
+            ]
+        )
     return table(header, rows)
 
 
-def differences_by_seed(first: Method | Pooled, other: Method | Pooled) -> str:
-    """Mean differences of returns, where rows of one seed are there to be paired."""
-    if first.seeds is None or first.seeds != other.seeds:
-        return "-"
-    return ", ".join(f"{x:.1f}" for x in (first.returns - other.returns).mean(axis=1))
+def differences(first: np.ndarray, other: np.ndarray, scale: float) -> str:
+    """Mean differences over tasks of matrices ``[seeds, tasks]``, of each seed."""
+    return ", ".join(f"{scale * x:.1f}" for x in (first - other).mean(axis=1))
 
 
 def comparison_tables(
@@ -381,7 +399,9 @@ def overall_section(
             raise ValueError(f"--same {name} must name one method for each environment.")
         if len(parts) < len(environments):
             missing.append(name)
-        elif len(set(seeds)) > 1:
+            continue
+        _check_poolable(name, parts)
+        if len(set(seeds)) > 1:
             notes.append(f"{name} is left out: {seeds} seeds, not the same number everywhere.")
         else:
             columns = zip(*((part.scores, part.returns) for part in parts))
@@ -396,6 +416,17 @@ def overall_section(
     body = [table(success_header(estimator), rows)] if rows else []
     body += comparison_tables(pooled, references, estimator)
     return "\n\n".join([f"### All {len(environments)} environments", *body, *notes])
+
+
+def _check_poolable(name: str, parts: list[Method]) -> None:
+    """One method over several environments has one protocol, and under one name one setting."""
+    settings = [settings_of(part.rows[0]) for part in parts]
+    one_name = len({part.name for part in parts}) == 1
+    names = {key for each in settings for key in each} if one_name else {*SHARED, "data"}
+    for key in sorted(names - set(OF_ENVIRONMENT)):
+        values = {part.rows[0].env: each.get(key) for part, each in zip(parts, settings)}
+        if len(set(values.values())) > 1:
+            raise ValueError(f"{name}: different {key} would be averaged: {values}.")
 
 
 def parse_same(options: list[str], names: set[str]) -> dict[str, str]:
@@ -466,7 +497,9 @@ def renew(readme: Path, text: str) -> None:
 
 def build(args: argparse.Namespace) -> str:
     """The report's text; writes the plots on the way."""
-    environments = group(split(select(read_rows(args.results), args.where), args.split))
+    if unknown := sorted(set(args.mix) - set(SHARED)):
+        raise ValueError(f"--mix must be one of {', '.join(SHARED)}, got {unknown}.")
+    environments = group(split(select(read_rows(args.results), args.where), args.split), args.mix)
     names = {method.name for methods in environments.values() for method in methods}
     same = parse_same(args.same, names)
     names |= set(same.values())
@@ -489,7 +522,8 @@ def build(args: argparse.Namespace) -> str:
         "seeds of each task, too narrow where seeds are few, and where what the tasks of a seed "
         "have in common, such as a base policy, weighs much. Published numbers come from 1M "
         "official transitions and 1M updates with other code and hardware, some by way of "
-        "secondary notes; they are not comparable with smaller runs."
+        "secondary notes; they are not comparable with smaller runs. Seconds of training and "
+        "memory are those of the program that trained a method, with others where it did."
     )
     return "\n\n".join([note, *sections])
 
@@ -511,6 +545,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="COLUMN",
         help="a method for each value; a setting of the training will do",
     )
+    text = "what may differ between the methods of a table nevertheless, one for each use"
+    add("--mix", action="append", default=[], metavar="COLUMN", help=text)
     text = "method that the others are compared with, one for each use; evor by default"
     add("--reference", action="append", metavar="METHOD", help=text)
     text = "what is one method in the table of all environments, under whatever name in each"

@@ -229,17 +229,23 @@ def read_rows(results: str | Path) -> list[ResultRow]:
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if it holds no rows, or a file that does not belong: other columns, rows of
-            another environment or method than its path says, bad values, duplicates.
+        ValueError: if it holds no rows, or a file that does not belong: another place, no rows,
+            other columns, rows of another environment or method than its path says, bad values,
+            duplicates.
     """
     root = Path(results)
     if not root.is_dir():
         raise FileNotFoundError(f"results must be a folder, got {str(root)!r}.")
-    names = [path.relative_to(root) for path in sorted(root.glob("*/*.csv"))]
+    names = [path.relative_to(root) for path in sorted(root.rglob("*.csv"))]
     names = [name for name in names if not any(part[0] in "_." for part in name.parts)]
     rows = []
     for name in names:
-        for row in read_file(root / name):
+        if len(name.parts) != 2:
+            raise ValueError(f"results must hold <env>/<method>.csv alone, got {root / name}.")
+        found = read_file(root / name)
+        if not found:
+            raise ValueError(f"{root / name} must hold rows, got none.")
+        for row in found:
             if (row.env, row.method) != (name.parent.name, name.stem):
                 raise ValueError(
                     f"{root / name} must hold rows of env={name.parent.name!r} and "

@@ -24,7 +24,6 @@ import train_baseline
 import utils
 import value_study
 from matplotlib import pyplot as plt
-from omegaconf import DictConfig
 from tensordict import TensorDict
 from torchrl.checkpoint import Checkpoint
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -97,12 +96,30 @@ def _load_agent(path: Path, device) -> Trained:
         raise ValueError(f"checkpoint={str(path)!r} is no agent of many.py: {error!r}") from error
     if content["method"] == "bc":
         raise ValueError(f"checkpoint={str(path)!r} is a 'bc' agent, without a value to act by.")
-    return Trained(
+    trained = Trained(
         actor.policy,
         actor.returns,
         **{name: content[name] for name in ("env", "task", "seed", "chunk_size")},
         method=agents.label(content),
     )
+    _check_sizes(path, content, *_dimensions(trained.env_name, trained.chunk_size))
+    return trained
+
+
+def _check_sizes(path: Path, content: dict, observation_dim: int, action_dim: int) -> None:
+    """Networks of another environment or length of chunks load as well: only sizes tell."""
+    features = observation_dim + action_dim
+    # Besides, a policy reads the flow time, and a reward-to-go flow z and the flow time.
+    value_inputs = features + (2 if content["method"] == "evor" else 0)
+    policy = agents.sizes(content["policy"])
+    values = {agents.sizes(state)[0] for state in content["value"]}
+    if policy != (features + 1, action_dim) or values != {value_inputs}:
+        raise ValueError(
+            f"checkpoint={str(path)!r} must fit env={content['env']!r} and "
+            f"chunk_size={content['chunk_size']}: a policy of {features + 1} inputs and "
+            f"{action_dim} outputs, values of {value_inputs} inputs, got a policy of {policy[0]} "
+            f"and {policy[1]}, values of {', '.join(map(str, sorted(values)))}."
+        )
 
 
 def _load_run(folder: Path, device) -> Trained:
@@ -111,12 +128,13 @@ def _load_run(folder: Path, device) -> Trained:
         saved.load(folder)
         cfg = utils.with_defaults(saved.components["config"])
         method = cfg.get("method", "evor")
+        dimensions = _dimensions(utils.env_name(cfg), cfg.chunk_size)
         # Units and weights come with the checkpoint.
         if "method" in cfg:
-            sizes = train_baseline.plain_sizes(cfg, *_dimensions(cfg))
+            sizes = train_baseline.plain_sizes(cfg, *dimensions)
             loss, actor, _, _ = train_baseline.make_agent(cfg, sizes, torch.device("cpu"))
         else:
-            policy, returns = utils.build_networks(cfg, *_dimensions(cfg))
+            policy, returns = utils.build_networks(cfg, *dimensions)
             loss, _, _ = utils.make_loss(cfg, policy, returns)
             actor = utils.make_actor(cfg, policy, returns)
         Checkpoint(loss=loss).load(folder, components=["loss"])
@@ -142,12 +160,12 @@ def _load_run(folder: Path, device) -> Trained:
     )
 
 
-def _dimensions(cfg: DictConfig) -> tuple[int, int]:
+def _dimensions(env_name: str, chunk_size: int) -> tuple[int, int]:
     """Size of an observation and of a chunk of actions."""
-    env = OGBenchEnv(utils.env_name(cfg))
+    env = OGBenchEnv(env_name)
     sizes = env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1]
     env.close()
-    return sizes[0], cfg.chunk_size * sizes[1]
+    return sizes[0], chunk_size * sizes[1]
 
 
 def make_actor(trained: Trained, options: dict) -> EVORActor:
@@ -289,6 +307,8 @@ def plot_success(
 ) -> None:
     """Success with its interval, steps and a time beside it, against column ``x``.
 
+    Rows of several trainings of one task and seed are refused, because they would be one point.
+
     Args:
         rows (list of dict): raw rows. Episodes of all tasks and seeds that share ``x`` and
             ``lines`` are pooled; rows that differ in them never are.
@@ -296,7 +316,11 @@ def plot_success(
         lines (tuple of str): columns that tell curves apart; only those that vary are named.
         path (Path): the picture.
         beside (str, optional): column of the right panel, in seconds.
+
+    Raises:
+        ValueError: if rows of one point come from several trainings of a task and seed.
     """
+    _check_trainings(rows, x, lines)
     ticks = sorted({float(row[x]) for row in rows})
     varying = [name for name in lines if len({row[name] for row in rows}) > 1]
     figure, (success, steps, seconds) = plt.subplots(1, 3, figsize=(13, 3.4))
@@ -326,6 +350,21 @@ def plot_success(
     figure.suptitle(path.stem, fontsize=9)
     figure.tight_layout()
     figures.save(figure, path)
+
+
+def _check_trainings(rows: list[dict[str, str]], x: str, lines: tuple[str, ...]) -> None:
+    """Tasks and seeds are pooled; a seed that was trained twice is two settings, not two seeds."""
+    trainings = {}
+    for row in rows:
+        run = tuple(row[name] for name in ("env", "task", "seed", *lines))
+        first = trainings.setdefault((run, float(row[x])), row["checkpoint"])
+        if row["checkpoint"] != first:
+            raise ValueError(
+                f"results_dir must hold one training of {row['env']} task {row['task']} seed "
+                f"{row['seed']} for a picture, got checkpoint={first!r} and "
+                f"{row['checkpoint']!r} with equal {', '.join(lines)}. All rows are kept; give "
+                "each training a results_dir of its own."
+            )
 
 
 def needs_flow(trained: Trained, study: str) -> None:

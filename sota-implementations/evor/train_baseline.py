@@ -59,8 +59,7 @@ def make_sizes(cfg: DictConfig, data: OGBenchExperienceReplay) -> baselines.Size
         loc=loc,
         scale=scale,
         return_bounds=utils.return_bounds(cfg, data),
-        # Room beyond the data, because bootstrapped targets overshoot on the way.
-        support=(z.min().item() - 0.5, z.max().item() + 0.5),
+        support=utils.support(z),
     )
 
 

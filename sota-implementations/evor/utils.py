@@ -204,6 +204,12 @@ def input_units(spread: float, data: OGBenchExperienceReplay) -> tuple[Tensor, T
     return mean, deviation / spread
 
 
+def support(z: Tensor) -> tuple[float, float]:
+    """Lowest and highest atom for normalised returns of the data."""
+    # Room beyond the data, because bootstrapped targets overshoot on the way.
+    return z.min().item() - 0.5, z.max().item() + 0.5
+
+
 def value_spread(cfg: DictConfig) -> float:
     """Standard deviation of the observations as value networks see them."""
     spread = cfg.value.observation_spread

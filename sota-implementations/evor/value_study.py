@@ -19,6 +19,7 @@ import os
 import time
 from pathlib import Path
 
+import baselines
 import figures
 import hydra
 import numpy as np
@@ -34,19 +35,15 @@ from tqdm import tqdm
 from value_problems import NUM_QUANTILES, PROBLEMS, ExactReturns, MonteCarloReturns
 
 from torchrl_evor import (
-    CategoricalCritic,
     Critic,
     CriticLoss,
     EVORLoss,
     FlowMatchingPolicy,
-    HLGaussCritic,
-    QuantileCritic,
     ReturnFlow,
-    ScalarCritic,
     StackedVelocityMLP,
     VelocityMLP,
 )
-from torchrl_evor.modules.functional import TD_TARGETS
+from torchrl_evor.modules.functional import TD_TARGETS, check_choice
 from torchrl_evor.record import mean
 
 LABELS = ("problem", "method", "updates", "seconds", "seed")
@@ -64,9 +61,8 @@ def make_model(cfg: DictConfig, truth: Truth, method: str):
     """The model of the return for all seeds, in normalised units."""
     units = {"loc": truth.loc, "scale": truth.scale}
     z = (truth.returns - truth.loc) / truth.scale
-    support = {"low": z.min().item() - 0.5, "high": z.max().item() + 0.5}
+    atoms = {"support": utils.support(z), "num_atoms": cfg.num_atoms}
     inputs = truth.observation.shape[-1] + truth.action.shape[-1]
-    atoms = {"num_atoms": cfg.num_atoms}
 
     def stack(in_features: int, out_features: int = 1) -> StackedVelocityMLP:
         return StackedVelocityMLP(
@@ -79,15 +75,9 @@ def make_model(cfg: DictConfig, truth: Truth, method: str):
 
     if method in TD_TARGETS:
         return ReturnFlow(stack(inputs + 2), cfg.num_steps, **units)
-    if method == "scalar":
-        return ScalarCritic(stack(inputs), **units)
-    if method == "hl_gauss":
-        return HLGaussCritic(stack(inputs, cfg.num_atoms), **support, **atoms, **units)
-    if method == "categorical":
-        return CategoricalCritic(stack(inputs, cfg.num_atoms), **support, **atoms, **units)
-    if method == "quantile":
-        return QuantileCritic(stack(inputs, cfg.num_atoms), num_quantiles=cfg.num_atoms, **units)
-    raise ValueError(f"methods must be TD targets or critics, got {method!r}.")
+    check_choice("methods", method, (*TD_TARGETS, *baselines.CRITICS))
+    network = stack(inputs, 1 if method == "scalar" else cfg.num_atoms)
+    return baselines.make_critic(method, network, **atoms, **units)
 
 
 def make_loss(model, truth: Truth, method: str):
