@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(not _has_extras, reason="needs the extras [all]"
 if _has_extras:
     import agents
     import architecture_study
+    import costs
     import inference_study
     import many
     import noise_study
@@ -39,6 +40,7 @@ if _has_extras:
     import studies
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     from torchrl_evor import VelocityMLP
     from torchrl_evor.data.datasets import _ogbench_episodes
@@ -371,6 +373,28 @@ class TestBadInput:
     def test_architecture(self, override, message):
         with pytest.raises(ValueError, match=message):
             architecture_study.make_variants(config("architecture_study", override))
+
+
+@pytest.mark.parametrize("method", ["evor", "qc", "iql", "bc"])
+def test_costs_of_a_method(method):
+    sizes = ["policy.hidden_sizes=[8]", "value.hidden_sizes=[8]", "value.layer_norm=false"]
+    small = ["updates=2", "decisions=2", "states=3", "chunk_size=2", "data.batch_size=4"]
+    cfg = config("costs", *sizes, *small, "baseline.num_candidates=2")
+    row = costs.measure(OmegaConf.to_container(cfg, resolve=True), method)
+    policy = (2 + 4 + 1) * 8 + 8 + 8 * 4 + 4
+    value = {
+        "evor": (2 + 4 + 2 + 1) * 8 + 8 + 1,
+        "qc": 2 * ((2 + 4 + 1) * 8 + 8 + 1),
+        # One of states, and two of states and actions; its policy reads states alone.
+        "iql": (2 + 1) * 8 + 8 + 1 + 2 * ((2 + 4 + 1) * 8 + 8 + 1) - (4 + 1) * 8,
+        "bc": 0,
+    }
+    assert row["parameters"] == policy + value[method]
+    assert tuple(row) == tuple(costs.COLUMNS)
+    assert min(row[name] for name in ("update_ms", "decision_ms", "decisions_ms")) > 0
+    assert min(row["train_mb"], row["act_mb"]) >= 0
+    shown = costs.show([row], 3).splitlines()
+    assert "Decision, 3 states, ms" in shown[0] and len(shown) == 3
 
 
 def test_parameters_by_hand():

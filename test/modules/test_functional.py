@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from _known_laws import gaussian_velocity
+from torchrl_evor.triton_kernels.reference import choose_candidate, q_star
 
 from torchrl_evor.modules.functional import (
     TD_TARGETS,
@@ -26,7 +27,6 @@ from torchrl_evor.modules.functional import (
     standard_gumbel,
     stratified_normal,
 )
-from torchrl_evor.triton_kernels.reference import choose_candidate, q_star
 
 INF = float("inf")
 
