@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +14,14 @@ from torch import nn
 from torchrl.objectives import SoftUpdate
 
 from torchrl_evor import (
+    CategoricalCritic,
+    CriticLoss,
     EVORActor,
     EVORLoss,
     FlowMatchingPolicy,
+    QuantileCritic,
     ReturnFlow,
+    ScalarCritic,
     StackedVelocityMLP,
     VelocityMLP,
 )
@@ -263,6 +268,47 @@ class TestManyRunsInOneProgram:
             assert (model.net[0].weight - start).abs().max() > 0.01
             for expected, actual in zip(model.parameters(), trained.parameters()):
                 torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("kind", ["scalar", "categorical", "quantile"])
+    @pytest.mark.parametrize("num_critics", [1, 2])
+    def test_training_of_critics_equals_separate_runs(self, kind, num_critics):
+        """Members of an ensemble lie one stack of settings apart."""
+        outputs = 1 if kind == "scalar" else 5
+        make = {
+            "scalar": ScalarCritic,
+            "categorical": partial(CategoricalCritic, low=-2.0, high=2.0, num_atoms=5),
+            "quantile": partial(QuantileCritic, num_quantiles=5),
+        }[kind]
+        policy = FlowMatchingPolicy(nn.Linear(OBS + ACT + 1, ACT), ACT)
+        models = [
+            VelocityMLP(OBS + ACT, outputs, hidden_sizes=(8,), dtype=torch.float64)
+            for _ in range(3 * num_critics)
+        ]
+        stack = StackedVelocityMLP.from_models(models)
+        batches = [make_batch(3, ROWS) for _ in range(5)]
+
+        def train(critic, batches, factor):
+            loss = CriticLoss(policy, critic, next_action="dataset")
+            optimizer = torch.optim.Adam(loss.qvalue_network_params.values(True, True), lr=1e-2)
+            updater = SoftUpdate(loss, tau=0.1)
+            for batch in batches:
+                optimizer.zero_grad()
+                (factor * loss.qvalue_loss(batch)[0]).backward()
+                optimizer.step()
+                updater.step()
+
+        train(make(stack, num_critics=num_critics, loc=LOC, scale=SCALE), batches, 3)
+        trained = stack.unstack()
+        for index in range(3):
+            members = models[index::3]
+            single = members[0] if num_critics == 1 else StackedVelocityMLP.from_models(members)
+            units = {"loc": LOC[index].item(), "scale": SCALE[index].item()}
+            critic = make(single, num_critics=num_critics, **units)
+            train(critic, [batch[index] for batch in batches], 1)
+            alone = [single] if num_critics == 1 else single.unstack()
+            for expected, actual in zip(alone, trained[index::3], strict=True):
+                for one, other in zip(expected.parameters(), actual.parameters()):
+                    torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-9)
 
     def test_mean_divides_gradients_by_the_number_of_models(self, monkeypatch):
         models, policy = make_models(), FlowMatchingPolicy(nn.Linear(OBS + ACT + 1, ACT), ACT)
