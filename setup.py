@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 OGBENCH = ["ogbench==1.2.2"]
 HYDRA = ["hydra-core>=1.3,<1.4"]
 WANDB = ["wandb"]
-TRITON = ["triton>=3.3"]
+TRITON = ["triton>=3.3; sys_platform == 'linux'"]
 PLOTS = ["matplotlib>=3.8", "scipy"]
 # The TensorBoard logger of TorchRL needs the tensorboard package.
 ALL = OGBENCH + HYDRA + WANDB + PLOTS + ["tensorboard", "tqdm"]
