@@ -6,15 +6,20 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .packing import FrozenVelocity, PackedVelocity
+
 __all__ = [
     "Backend",
     "check_draws",
     "check_kinds",
+    "check_normalization",
     "check_optional",
     "check_options",
     "check_seed_is_read",
@@ -33,13 +38,18 @@ PRECISIONS = ("fp16", "bf16", "tf32", "tf32x3", "ieee")
 
 
 def check_tensors(packed, observation: Tensor, action: Tensor) -> None:
+    if not isinstance(packed, (PackedVelocity, FrozenVelocity)):
+        raise ValueError(
+            f"packed is a {type(packed).__name__}, expected a PackedVelocity or a FrozenVelocity:"
+            " see pack_velocity_mlp."
+        )
     batch = observation.shape[:-1]
-    if observation.shape[-1] != packed.observation_dim:
+    if observation.ndim < 1 or observation.shape[-1] != packed.observation_dim:
         raise ValueError(
             f"observation has shape {tuple(observation.shape)}, expected [*B, obs] with obs ="
             f" {packed.observation_dim}."
         )
-    if action.shape[:-2] != batch or action.shape[-1] != packed.action_dim or action.ndim < 2:
+    if action.ndim < 2 or action.shape[:-2] != batch or action.shape[-1] != packed.action_dim:
         raise ValueError(
             f"action has shape {tuple(action.shape)}, expected [*B, P, act] with *B ="
             f" {tuple(batch)} and act = {packed.action_dim}."
@@ -126,8 +136,8 @@ def check_kinds(tensors: list[Tensor | None], named: dict[str, Tensor | None]) -
 def check_options(
     num_steps: int, solver: str, backend: str, precision: str | None, tolerance: float
 ) -> None:
-    if not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps}.")
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}.")
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}.")
     if solver == "midpoint" and num_steps % 2:
@@ -140,15 +150,25 @@ def check_options(
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance}.")
 
 
+def check_normalization(loc: float | Tensor, scale: float | Tensor) -> None:
+    """Values of numbers, shapes of tensors: to read those would wait for the device."""
+    for name, value in (("loc", loc), ("scale", scale)):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one element.")
+    # No math.isfinite and math.isnan, which torch.compile cannot trace where a number changes.
+    if not isinstance(loc, Tensor) and not (isinstance(loc, Real) and -math.inf < loc < math.inf):
+        raise ValueError(f"loc must be a finite number, got {loc!r}.")
+    if not isinstance(scale, Tensor) and not (isinstance(scale, Real) and 0 < scale < math.inf):
+        raise ValueError(f"scale must be a positive and finite number, got {scale!r}.")
+
+
 def check_temperatures(
-    tau_r: float, tau_q: float, gumbel: Tensor | None, seed: Tensor | None
+    tau_r: float, tau_q: float, gumbel: Tensor | None, seed: Tensor | None = None
 ) -> None:
-    # No math.isnan, which torch.compile cannot trace where a temperature changes.
-    if not tau_r >= 0:
-        raise ValueError(f"tau_r must be in [0, inf], got {tau_r}.")
-    if not tau_q >= 0:
-        raise ValueError(f"tau_q must be in [0, inf], got {tau_q}.")
+    for name, value in (("tau_r", tau_r), ("tau_q", tau_q)):
+        if not isinstance(value, (Real, Tensor)) or not value >= 0:
+            raise ValueError(f"{name} must be a number in [0, inf], got {value!r}.")
     if tau_q > 0 and gumbel is None and seed is None:
         raise ValueError(
-            "gumbel is needed when tau_q > 0: standard Gumbel noise [*B, P], or a seed."
+            "gumbel is needed when tau_q > 0 and there is no seed: standard Gumbel noise [*B, P]."
         )

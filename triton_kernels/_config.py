@@ -19,7 +19,7 @@ __all__ = ["choose", "is_fastest", "num_programs"]
 # takes PyTorch. `benchmarks/ad_hoc/kernel_bench.py` prints what belongs here.
 _FASTEST: dict[tuple[str, int], tuple[int, int]] = {}
 
-# Rows up to which the loop design is taken outside of CUDA graphs: one launch instead of dozens.
+# Rows up to which the loop design is taken: one launch instead of dozens. Not measured yet.
 _LOOP_ROWS = 4096
 
 
@@ -42,13 +42,17 @@ def _layer_config(precision: str, rows: int) -> LayerConfig:
 
 def _loop_config(precision: str, rows: int, widths: tuple[int, ...]) -> LoopConfig:
     wide = max(widths) > 512
+    # Eight spill where they share few columns.
+    warps = 4 if max(widths) <= 256 else 8
     if precision == "tf32x3":
         # Three times the registers of a product: 32 columns spill.
-        return LoopConfig(16, 16, 8, 2 if wide else 3)
+        return LoopConfig(16, 16, warps, 2 if wide else 3)
     columns = 64 if precision in ("fp16", "bf16") else 32
     # In float32, 32 columns of such widths are more than the shared memory of sm_86 and sm_89.
     block_k = columns // 2 if wide else columns
-    return LoopConfig(16 if rows <= 2048 or wide or precision == "ieee" else 32, block_k, 8, 2)
+    block_m = 16 if rows <= 2048 or wide or precision == "ieee" else 32
+    # Products without matrix units spill at two stages on sm_80, at three on sm_90.
+    return LoopConfig(block_m, block_k, warps, 1 if wide and precision == "ieee" else 2)
 
 
 def _loop_fits(widths: tuple[int, ...]) -> bool:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from ._chebyshev import interpolated_flow
 from ._steps import Steps
-from ._torch_path import activate, base_of
-from .packing import FoldedVelocity
+from ._torch_path import base_of
+from .packing import FoldedVelocity, activate
 
 __all__ = ["CPUWeights", "cpu_sample", "cpu_weights"]
 

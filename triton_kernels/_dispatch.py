@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from typing import NamedTuple
 
@@ -200,6 +201,17 @@ def _sample(
     return _launch.sample_z(*reads, **options)
 
 
+@contextlib.contextmanager
+def _own_settings(device: torch.device):
+    """What a caller sets for modules, autocast and a default device, does not reach the path."""
+    with contextlib.ExitStack() as settings:
+        if torch.is_autocast_enabled(device.type):
+            settings.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cpu" and torch.get_default_device() != device:
+            settings.enter_context(device)
+        yield
+
+
 def sample(
     packed,
     observation,
@@ -220,7 +232,8 @@ def sample(
     backend = _resolve_backend(backend, tensors, eps, action, draws, precision)
     steps = Steps(num_steps, solver)
     sampler = (tensors, activation, eps, steps, backend, precision, tolerance)
-    return _sample(packed, observation, action, draws, *sampler)
+    with _own_settings(action.device):
+        return _sample(packed, observation, action, draws, *sampler)
 
 
 def _select_torch(z, action, gumbel, log_weights, loc, scale, tau_r, tau_q, return_samples):
@@ -261,13 +274,15 @@ def select(
     selection = (log_weights, loc, scale, tau_r, tau_q, return_samples)
     if backend == "torch" or action.shape[0] == 0:
         sampler = (tensors, activation, eps, steps, backend, precision, tolerance)
-        z = _sample(packed, observation, action, draws, *sampler)
-        if tau_q > 0 and gumbel is None:
-            gumbel = philox_gumbel(seed, tuple(action.shape[:2]))
-        return _select_torch(z, action, gumbel, *selection)
+        with _own_settings(action.device):
+            z = _sample(packed, observation, action, draws, *sampler)
+            if tau_q > 0 and gumbel is None:
+                gumbel = philox_gumbel(seed, tuple(action.shape[:2]))
+            return _select_torch(z, action, gumbel, *selection)
     from . import _launch
 
     sampler = (packed, tensors, eps, activation, observation, action, draws, steps)
-    reads, options = _triton_reads(*sampler, backend, precision)
-    drawn = seed if gumbel is None and tau_q > 0 else gumbel
-    return _launch.evor_select(*reads, drawn, *selection, **options)
+    with _own_settings(action.device):
+        reads, options = _triton_reads(*sampler, backend, precision)
+        drawn = seed if gumbel is None and tau_q > 0 else gumbel
+        return _launch.evor_select(*reads, drawn, *selection, **options)

@@ -11,18 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._steps import Steps
-from .packing import FoldedVelocity
+from .packing import FoldedVelocity, activate
 
-__all__ = ["activate", "folded_sample"]
+__all__ = ["folded_sample"]
 
 # Activations in flight: large enough for the widest device, about four of them are alive.
 _CHUNK_BYTES = 2**28
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    return {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[activation](x)
 
 
 def base_of(folded: FoldedVelocity, observation: Tensor, action: Tensor) -> Tensor:

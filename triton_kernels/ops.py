@@ -18,6 +18,7 @@ from ._checks import (
     Solver,
     check_draws,
     check_kinds,
+    check_normalization,
     check_optional,
     check_options,
     check_seed_is_read,
@@ -87,10 +88,8 @@ def _flat_noise(noise: Tensor | None) -> Tensor | None:
     return noise if noise is None or noise.ndim == 1 else noise.reshape(-1, *noise.shape[-2:])
 
 
-def _as_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one element.")
         return value.reshape(())
     # A fill, not a copy from the host: legal while a CUDA graph is captured.
     return torch.full((), value, dtype=torch.float32, device=like.device)
@@ -136,7 +135,9 @@ def sample_returns(
         precision (str, optional): operands of the Triton kernels' products. Defaults to the
             parameters' dtype where it is of 16 bits, else to what
             ``torch.get_float32_matmul_precision()`` allows: ``"tf32x3"`` for ``"highest"``,
-            ``"tf32"`` for ``"high"``, ``"bf16"`` for ``"medium"``.
+            ``"tf32"`` for ``"high"``, ``"bf16"`` for ``"medium"``. With
+            ``backend="auto"`` it also says whose measurements decide. Nothing else reads it:
+            products in PyTorch follow torch's own settings.
         tolerance (float): estimated error of the end points, relative to their size, up to which
             the velocity may be interpolated in z and time instead of evaluated at every node and
             step. Only the CPU path does so, where it can; many nodes of a smooth flow gain most.
@@ -161,8 +162,8 @@ def sample_returns(
         >>> z.shape
         torch.Size([5, 4, 6])
     """
-    tensors = packed.tensors()
     check_tensors(packed, observation, action)
+    tensors = packed.tensors()
     num_nodes = check_draws(action, noise, seed, num_samples)
     check_seed_is_read(seed, "" if noise is None else "noise")
     check_kinds(tensors, {"observation": observation, "action": action, "noise": noise})
@@ -231,7 +232,8 @@ def evor_select(
         num_steps (int): as in :func:`sample_returns`.
         solver (str): as in :func:`sample_returns`.
         loc (float or Tensor): ``return = loc + scale * z``.
-        scale (float or Tensor): see ``loc``.
+        scale (float or Tensor): see ``loc``. Positive and finite, which is checked of a number; of
+            a tensor it is not, since to read it would wait for the device.
         log_weights (Tensor, optional): ``[N]``, logarithms of node weights that sum to one.
             Defaults to equal weights.
         seed (Tensor, optional): as in :func:`sample_returns`; what is drawn from it is whatever
@@ -247,7 +249,7 @@ def evor_select(
         and, with ``return_samples``, the returns ``[*B, P, N]``; values in reward units.
 
     Raises:
-        ValueError: if a shape, dtype, device, temperature or option is not as above.
+        ValueError: if a shape, dtype, device, temperature, number or option is not as above.
         RuntimeError: if ``backend`` cannot run here, or a gradient would be needed.
 
     Examples:
@@ -271,8 +273,8 @@ def evor_select(
         ...                           tau_q=0.5, num_steps=10, seed=seed, num_samples=6)
         ...         seed[1] += 1
     """
-    tensors = packed.tensors()
     check_tensors(packed, observation, action)
+    tensors = packed.tensors()
     num_nodes = check_draws(action, noise, seed, num_samples)
     check_optional("gumbel", gumbel, tuple(action.shape[:-1]))
     check_optional("log_weights", log_weights, (num_nodes,))
@@ -280,7 +282,8 @@ def evor_select(
     check_temperatures(tau_r, tau_q, gumbel, seed)
     drawn = noise is None or (tau_q > 0 and gumbel is None)
     check_seed_is_read(seed, "" if drawn else "all noise that is read")
-    loc, scale = _as_scalar("loc", loc, action), _as_scalar("scale", scale, action)
+    check_normalization(loc, scale)
+    loc, scale = _as_scalar(loc, action), _as_scalar(scale, action)
     named = {"observation": observation, "action": action, "noise": noise, "gumbel": gumbel}
     check_kinds(tensors, {**named, "log_weights": log_weights, "loc": loc, "scale": scale})
     flat_gumbel = None if gumbel is None else gumbel.reshape(-1, gumbel.shape[-1]).contiguous()

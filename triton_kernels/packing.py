@@ -16,8 +16,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = [
+    "activate",
     "Activation",
     "FoldedVelocity",
     "fold",
@@ -51,6 +53,12 @@ class FoldedVelocity(NamedTuple):
     first_bias: Tensor  # [H]
     weights: tuple[Tensor, ...]  # L - 1 of [H, H], then the head [1, H]
     biases: tuple[Tensor, ...]  # one [out] per entry of weights
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[activation](x)
 
 
 def _activation_name(module: nn.Module) -> str | None:
@@ -93,6 +101,20 @@ class PackedVelocity:
         modules = self.linears + self.norms
         return [tensor for module in modules for tensor in (module.weight, module.bias)]
 
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Velocity ``[..., 1]`` at ``concat(observation, action, z, t)``: what a view stands for.
+
+        Plain and differentiable; no path of :func:`evor_select` calls it.
+        """
+        linears, norms = split_tensors(self.tensors(), self.layer_norm)
+        x = F.linear(inputs, *linears[0])
+        for index, linear in enumerate(linears[1:]):
+            x = activate(x, self.activation)
+            if norms:
+                x = F.layer_norm(x, x.shape[-1:], *norms[index], self.eps)
+            x = F.linear(x, *linear)
+        return x
+
     def freeze(self) -> FrozenVelocity:
         """A snapshot of the current parameters, which later changes of the network do not reach."""
         return FrozenVelocity(self)
@@ -117,6 +139,8 @@ class FrozenVelocity:
 
     def tensors(self) -> list[Tensor | None]:
         return self._tensors
+
+    __call__ = PackedVelocity.__call__
 
 
 def _sequence(network: nn.Module) -> nn.Sequential | str:

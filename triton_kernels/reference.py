@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._checks import check_temperatures
+
 __all__ = [
     "choose_candidate",
     "evor_select_reference",
@@ -44,7 +46,7 @@ def sample_returns_reference(
 
     Args:
         velocity (callable): maps ``concat(observation, action, z, t)``, ``[..., obs + act + 2]``,
-            to ``[..., 1]``.
+            to ``[..., 1]``: a network, or a packed or frozen view of one.
         observation (Tensor): ``[*B, obs]``.
         action (Tensor): candidates, ``[*B, P, act]``.
         noise (Tensor): start of the flow, broadcastable to ``[*B, P, N]``.
@@ -162,7 +164,7 @@ def evor_select_reference(
         observation (Tensor): ``[*B, obs]``.
         action (Tensor): candidates, ``[*B, P, act]``.
         noise (Tensor): broadcastable to ``[*B, P, N]``.
-        gumbel (Tensor, optional): ``[*B, P]``.
+        gumbel (Tensor, optional): ``[*B, P]``, read when ``tau_q > 0``.
 
     Keyword Args:
         tau_r (float): temperature of the reward-to-go average, reward units.
@@ -175,9 +177,13 @@ def evor_select_reference(
 
     Returns:
         tuple of Tensor: the chosen action ``[*B, act]``, its value ``[*B]``, all values ``[*B, P]``
-            and all returns
-        ``[*B, P, N]``, the last three in reward units.
+        and all returns ``[*B, P, N]``, the last three in reward units.
+
+    Raises:
+        ValueError: if a temperature is not in ``[0, inf]``, or a choice is to be drawn without
+            Gumbel noise.
     """
+    check_temperatures(tau_r, tau_q, gumbel)
     z = sample_returns_reference(velocity, observation, action, noise, num_steps, solver)
     returns = loc + scale * z
     q = q_star(returns, tau_r, log_weights)

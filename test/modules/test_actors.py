@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchrl_evor.triton_kernels as triton_kernels
 from _known_laws import GaussianReturns, PointEnv, euler_gaussian_std
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -15,7 +16,13 @@ from torchrl.envs import SerialEnv
 from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 
-from torchrl_evor import EVORActor, FlowMatchingPolicy, ReturnFlow, VelocityMLP
+from torchrl_evor import (
+    EVORActor,
+    FlowMatchingPolicy,
+    ReturnFlow,
+    StackedVelocityMLP,
+    VelocityMLP,
+)
 from torchrl_evor.modules.models import return_flow
 
 GREEDY = [ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN]
@@ -154,6 +161,25 @@ class TestCandidates:
         expected = data["candidates"].take_along_dim(best.indices.unsqueeze(-1), 1).squeeze(1)
         torch.testing.assert_close(data["action"], expected)
 
+    def test_selected_keys(self):
+        actor = make_actor().select_out_keys("action")
+        assert set(actor(observations(4)).keys()) == {"observation", "action"}
+
+    def test_stack_of_policies(self):
+        """Each model's candidates for its own states, as one policy draws them."""
+        models = [VelocityMLP(2 + 2 + 1, 2, hidden_sizes=(16,)) for _ in range(3)]
+        for index, model in enumerate(models):  # far apart, and nothing is clamped
+            nn.init.zeros_(model.net[-1].weight)
+            nn.init.constant_(model.net[-1].bias, 10.0 * index)
+        stack = StackedVelocityMLP.from_models(models)
+        policy = FlowMatchingPolicy(stack, 2, low=-100.0, high=100.0)
+        returns = ReturnFlow(StackedVelocityMLP(3, 2 + 2 + 2, hidden_sizes=(16,)))
+        actor = EVORActor(policy, returns, num_candidates=4, return_candidates=True)
+        data = actor(observations(3, 5))
+        assert data["candidates"].shape == (3, 5, 4, 2)
+        means = data["candidates"].mean((1, 2, 3))
+        torch.testing.assert_close(means, torch.tensor([0.0, 10.0, 20.0]), atol=1.0, rtol=0)
+
     def test_values_are_q_star(self):
         actor = make_actor(return_candidates=True, tau_r=0.7)
         data = actor(observations(2, 3))
@@ -232,20 +258,82 @@ class TestBackend:
         with pytest.raises((RuntimeError, ValueError), match="backend='triton'"):
             make_actor(backend="triton")(observations(4))
 
+    @pytest.mark.parametrize("precision", [None, "fp16"])
+    @pytest.mark.parametrize("members", [1, 2])
+    def test_precision_reaches_the_kernels(self, monkeypatch, members, precision):
+        """Through the call for one flow and through that for each member of an ensemble."""
+        name, found = ("evor_select" if members == 1 else "sample_returns"), []
+        call = getattr(triton_kernels, name)
+        monkeypatch.setattr(
+            triton_kernels,
+            name,
+            lambda *reads, **options: found.append(options["precision"]) or call(*reads, **options),
+        )
+        networks = [VelocityMLP(2 + 2 + 2, hidden_sizes=(8, 8)) for _ in range(members)]
+        EVORActor(make_actor().policy, ReturnFlow(networks), precision=precision)(observations(3))
+        assert found == [precision] * members
+
+    def test_pytorch_does_not_read_the_precision(self):
+        data, found = observations(5), []
+        actor = make_actor(backend="torch", return_candidates=True)
+        actor.returns.velocity_network = VelocityMLP(2 + 2 + 2, hidden_sizes=(16, 16))
+        for actor.precision in (None, "bf16"):
+            torch.manual_seed(1)
+            found.append(actor(data.clone()))
+        for key in actor.out_keys:
+            assert torch.equal(found[0][key], found[1][key])
+
     @pytest.mark.parametrize("tau_r", [0.0, 1.0, float("inf")])
     def test_fast_path_equals_the_network_itself(self, tau_r):
         """The split first layer, and any other network on the same weights."""
         actor = make_actor(tau_r=tau_r, return_candidates=True)
+        # A network that is recognised, which wants two hidden layers.
+        actor.returns.velocity_network = VelocityMLP(2 + 2 + 2, hidden_sizes=(16, 16))
         data = observations(5)
         torch.manual_seed(1)
         fast = actor(data.clone())
+        with torch.no_grad():
+            assert actor.returns.why_not_fused(data["observation"], fast["candidates"]) is None
         network = actor.returns.velocity_network
         actor.returns.velocity_network = nn.Sequential(nn.Identity(), network)  # not recognised
-        assert actor.returns.why_not_fused(data["observation"], fast["candidates"]) is not None
+        with torch.no_grad():
+            reason = actor.returns.why_not_fused(data["observation"], fast["candidates"])
+        assert "Identity" in reason
         torch.manual_seed(1)
         slow = actor(data.clone())
         for key in actor.out_keys:
             torch.testing.assert_close(fast[key], slow[key], atol=1e-5, rtol=1e-5)
+
+    @torch.no_grad()
+    def test_a_seed_means_the_same_actions_on_every_path(self):
+        network, chosen = VelocityMLP(2 + 2 + 2, hidden_sizes=(16, 16)), []
+        actor, data = make_actor(tau_q=0.5), observations(50)
+        actor.returns = ReturnFlow(network)
+        for fused in (True, False):
+            if not fused:  # a hook has to be called
+                network.register_forward_hook(lambda module, inputs, output: output)
+            reason = actor.returns.why_not_fused(data["observation"], torch.zeros(50, 6, 2))
+            assert (reason is None) == fused
+            torch.manual_seed(3)
+            with set_exploration_type(ExplorationType.RANDOM):
+                chosen.append(actor(data.clone())["action"])
+        torch.testing.assert_close(chosen[0], chosen[1])
+
+    @pytest.mark.parametrize(
+        "settings", [torch.autocast("cpu", torch.bfloat16), torch.device("meta")], ids=str
+    )
+    def test_a_callers_settings_do_not_reach_the_fused_path(self, settings):
+        """More than 64 rows per state, which take another road on some processors."""
+        flow = ReturnFlow(VelocityMLP(2 + 2 + 2, hidden_sizes=(64, 64)), num_steps=3)
+        state, candidates = torch.randn(50, 2), torch.randn(50, 32, 2)
+        options = {"tau_r": 1.0, "tau_q": 0.0, "num_samples": 16}
+        with torch.no_grad():
+            want = flow.select(state, candidates, **options)
+            with settings:
+                got = flow.select(state, candidates, **options)
+        for one, other in zip(got, want):
+            assert one.device == other.device and one.dtype == other.dtype
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
 
     def test_pieces_equal_the_whole(self, monkeypatch):
         """Memory is bounded by working on few rows at a time, with the same values."""
@@ -353,6 +441,7 @@ class TestBadInput:
             ({"tau_q": -0.1}, "tau_q must be a temperature"),
             ({"nodes": "sobol"}, "nodes must be one of .*stratified.*, got 'sobol'"),
             ({"backend": "cuda"}, "backend must be one of .*triton.*, got 'cuda'"),
+            ({"precision": "fp8"}, "precision must be one of .*fp16.*, got 'fp8'"),
         ],
     )
     def test_options(self, kwargs, message):

@@ -168,13 +168,18 @@ class TestEveryCritic:
     def test_serves_the_actor(self, kind):
         policy = FlowMatchingPolicy(VelocityMLP(OBS + ACT + 1, ACT, hidden_sizes=(4,)), ACT, 2)
         critic = make_critic(kind)
-        actor = EVORActor(policy, critic, num_candidates=5, tau_r=1.0, return_candidates=True)
+        options = {"tau_r": 1.0, "precision": "fp16", "return_candidates": True}
+        actor = EVORActor(policy, critic, num_candidates=5, **options)
         data = actor(TensorDict(observation=torch.randn(3, OBS), batch_size=[3]))
         values = critic.q_star(data["observation"].unsqueeze(-2), data["candidates"], 1.0)
         index = values.argmax(-1)[:, None, None]
         assert data["action"].equal(data["candidates"].take_along_dim(index, 1).squeeze(1))
 
     def test_bad_input(self):
+        critic = ScalarCritic(nn.Linear(OBS + ACT, 1))
+        with pytest.raises(ValueError, match="precision must be one of .*, got 'fp8'"):
+            candidates = torch.zeros(4, 3, ACT)
+            critic.select(torch.zeros(4, OBS), candidates, tau_r=1.0, precision="fp8")
         critic = ScalarCritic(nn.Linear(OBS + ACT, 2))
         with pytest.raises(ValueError, match="network must return 1 features"):
             critic.outputs(torch.zeros(4, OBS), torch.zeros(4, ACT))

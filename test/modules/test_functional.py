@@ -169,6 +169,8 @@ class TestSoftChoice:
         assert index[0] == 2
         assert torch.equal(index, choose_candidate(values, gumbel, tau))
 
+
+class TestGumbel:
     def test_a_seed_means_the_same_noise_for_any_strides(self):
         shape, drawn = (3, 5), []
         for like in (torch.zeros(shape), torch.zeros(5, 3).mT, torch.zeros(3, 5, 2)[..., 0]):

@@ -11,9 +11,11 @@ import torch
 from _known_laws import GaussianReturns, euler_gaussian_std
 from tensordict import TensorDict
 from torch import nn
+from torchrl_evor.triton_kernels import _checks
 
 from torchrl_evor import ReturnFlow, VelocityMLP
 from torchrl_evor.modules.functional import stratified_normal
+from torchrl_evor.modules.models import return_model
 
 INF = float("inf")
 
@@ -292,6 +294,18 @@ class TestSelect:
         torch.testing.assert_close(value, values[torch.arange(4), index])
         torch.testing.assert_close(action, candidates[torch.arange(4), index])
 
+    def test_units_of_each_leading_index(self):
+        """Without a stack of networks too: every state of an index in its own units."""
+        network = VelocityMLP(3 + 2 + 2, hidden_sizes=(8,))
+        loc, scale = torch.tensor([1.0, -20.0]), torch.tensor([2.0, 5.0])
+        flow = ReturnFlow(network, loc=loc, scale=scale)
+        observation, candidates = torch.randn(2, 4, 3), torch.randn(2, 4, 8, 2)
+        with torch.no_grad():
+            values = flow.select(observation, candidates, tau_r=INF)[2]
+            plain = ReturnFlow(network).select(observation, candidates, tau_r=INF)[2]
+        want = loc[:, None, None] + scale[:, None, None] * plain
+        torch.testing.assert_close(values, want)
+
     def test_reason_is_given_and_the_network_runs_itself(self):
         flow = ReturnFlow(nn.Linear(3 + 2 + 2, 1))
         observation, candidates = torch.randn(4, 3), torch.randn(4, 8, 2)
@@ -300,6 +314,16 @@ class TestSelect:
             assert flow.select(observation, candidates, tau_r=1.0)[2].shape == (4, 8)
             with pytest.raises(RuntimeError, match="backend='triton' is not available"):
                 flow.select(observation, candidates, tau_r=1.0, backend="triton")
+
+    def test_precisions_are_those_of_the_kernels(self):
+        assert return_model.PRECISIONS == _checks.PRECISIONS
+
+    def test_unknown_precision(self):
+        """Refused by the network itself as well as by the fused path."""
+        observation, candidates = torch.randn(4, 3), torch.randn(4, 8, 2)
+        for flow in (self.flow(), ReturnFlow(nn.Linear(3 + 2 + 2, 1))):
+            with torch.no_grad(), pytest.raises(ValueError, match="precision must be one of .*fp8"):
+                flow.select(observation, candidates, tau_r=1.0, precision="fp8")
 
     def test_gradients_take_the_network_itself(self):
         flow, candidates = self.flow(), torch.randn(4, 8, 2, requires_grad=True)

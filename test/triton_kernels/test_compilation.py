@@ -22,7 +22,11 @@ from _kernel_cases import Case
 _has_triton = importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.skipif(not _has_triton, reason="needs triton")
 
-WIDTHS = (512,) * 4
+PRECISIONS = ("fp16", "bf16", "tf32", "tf32x3", "ieee")
+# Hidden widths, states and nodes of the calls that take every tile that `_config.py` chooses for
+# these widths. Those of the layered design are the same for all widths, and once is enough.
+LAYERED = [(512, (1, 4)), (512, (1, 64)), (512, (50, 64)), (1024, (50, 64))]
+LOOP = [(256, (1, 64)), (256, (50, 64)), (512, (1, 64)), (512, (50, 64)), (1024, (1, 64))]
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -99,6 +103,12 @@ def _spilled_bytes(compiled, capability: int, folder) -> int:
     return max(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr))
 
 
+def _tile(design: str, precision: str, width: int, rows: int):
+    from torchrl_evor.triton_kernels import _config
+
+    return _config.choose(f"triton_{design}", (width,) * 4, precision, rows)
+
+
 def _launches(
     monkeypatch,
     design: str,
@@ -106,24 +116,25 @@ def _launches(
     states: int,
     nodes: int,
     seeded=False,
+    width=512,
     on_launch=lambda: None,
 ):
     """The launches of one call; enough rows are claimed to get the tile for that many."""
-    from torchrl_evor.triton_kernels import _config, _launch
+    from torchrl_evor.triton_kernels import _launch
 
-    case = Case(1, 2, 4, WIDTHS)
+    case = Case(1, 2, 4, (width,) * 4)
+    packed = case.packed
     steps = _launch.Steps(*((4, "midpoint") if seeded else (3, "euler")))
-    backend = f"triton_{design}"
-    config = _config.choose(backend, WIDTHS, precision, states * 32 * nodes)
+    config = _tile(design, precision, width, states * 32 * nodes)
 
     seed = torch.tensor([1, 2])
     noise, gumbel = (seed, seed) if seeded else (case.noise.view(-1), case.gumbel)
 
     @torch.no_grad()
     def call():
-        tensors = case.packed.tensors()
-        weights = _launch.pack_weights(tensors, True, precision, design == "loop")
-        options = {"activation": "gelu_tanh", "eps": 1e-6, "precision": precision}
+        reads = packed.tensors(), packed.layer_norm, precision, design == "loop"
+        weights = _launch.pack_weights(*reads)
+        options = {"activation": packed.activation, "eps": packed.eps, "precision": precision}
         one = torch.ones(())
         reads = weights, case.observation, case.action, noise, 4, gumbel, None, one, one
         for tile in (config, config._replace(rows=4)):  # at once, and one candidate at a time
@@ -132,8 +143,10 @@ def _launches(
     return _record(monkeypatch, call, on_launch)
 
 
-def _check(monkeypatch, tmp_path, design, precision, shape, capability, only="", seeded=False):
-    found = _launches(monkeypatch, design, precision, *shape, seeded)
+def _check(
+    monkeypatch, tmp_path, design, precision, shape, capability, only="", seeded=False, width=512
+):
+    found = _launches(monkeypatch, design, precision, *shape, seeded, width)
     assert {launch[0].__name__ for launch in found} >= {
         "_fold_kernel",
         "_average_kernel",
@@ -179,17 +192,33 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch, design):
     assert len(launched) > 5 and set(launched) == {1}
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("design", ["layered", "loop"])
+def test_every_tile_has_a_case(design, precision):
+    """Of all numbers of rows, those of ``test_all_chosen_tiles`` take all tiles."""
+    taken = {}
+    for width, (states, nodes) in LAYERED if design == "layered" else LOOP:
+        taken.setdefault(width, set()).add(_tile(design, precision, width, states * 32 * nodes))
+    for width, tiles in taken.items():
+        chosen = {_tile(design, precision, width, 2**power + 1) for power in range(31)}
+        assert chosen <= (set().union(*taken.values()) if design == "layered" else tiles)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32", "tf32x3"])
-@pytest.mark.parametrize("shape", [(1, 4), (1, 64), (50, 64)], ids=str)
-@pytest.mark.parametrize("design", ["layered", "loop", "loop-seed"])
-def test_all_chosen_tiles(monkeypatch, tmp_path, design, shape, precision, capability):
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "design, width, shape",
+    [("layered", *case) for case in LAYERED]
+    + [(design, *case) for design in ("loop", "loop-seed") for case in LOOP],
+    ids=str,
+)
+def test_all_chosen_tiles(monkeypatch, tmp_path, design, width, shape, precision, capability):
     """The seed matters to the loop only: products of the layered design do not draw noise."""
     design, _, seeded = design.partition("-")
     only = "_hidden" if design == "layered" else "_loop"
     reads = design, precision, shape, capability, only
-    _check(monkeypatch, tmp_path, *reads, seeded=bool(seeded))
+    _check(monkeypatch, tmp_path, *reads, seeded=bool(seeded), width=width)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.modules import MLP
 from torchrl_evor.triton_kernels import (
+    _checks,
     _dispatch,
     _torch_path,
     evor_select,
@@ -117,6 +118,51 @@ class TestReference:
         assert choose_candidate(q, None, 0.0) == 1
         assert choose_candidate(q, torch.tensor([4.5, 0.0, 1.0, 0.0]), 2.0) == 0
         assert choose_candidate(torch.full((3,), math.nan), None, 0.0) == 0
+
+    @pytest.mark.parametrize("layer_norm", [False, True])
+    @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu", "silu"])
+    def test_takes_packed_views(self, activation, layer_norm):
+        """A live view is the network that it was made from, a frozen one what that was."""
+        case = Case(2, 3, 4, (16, 8), activation=activation, layer_norm=layer_norm)
+        frozen = case.packed.freeze()
+        options = case.options
+        want = evor_select_reference(case.network, *case.inputs(), **options)
+        for view in (case.packed, frozen):
+            for got, expected in zip(evor_select_reference(view, *case.inputs(), **options), want):
+                torch.testing.assert_close(got, expected)
+        case.network[0].weight.data.mul_(2.0)
+        inputs = torch.randn(5, 10)
+        torch.testing.assert_close(case.packed(inputs), case.network(inputs))
+        assert relative_error(frozen(inputs), case.network(inputs).double()) > 1e-3
+        case.packed(inputs).sum().backward()
+        assert case.network[0].weight.grad.abs().sum() > 0
+
+    def test_a_view_of_a_network_without_biases_and_affine_norms(self):
+        network = make_mlp(10, (16, 16), layer_norm=True)
+        network[0] = nn.Linear(10, 16, bias=False)
+        network[2] = nn.LayerNorm(16, eps=1e-6, elementwise_affine=False)
+        inputs = torch.randn(5, 10)
+        packed = pack_velocity_mlp(network, 5, 3)
+        torch.testing.assert_close(packed(inputs), network(inputs))
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"tau_r": -1.0}, r"tau_r must be a number in \[0, inf\], got -1.0"),
+            ({"tau_r": math.nan}, r"tau_r must be a number in \[0, inf\], got nan"),
+            ({"tau_q": -1.0}, r"tau_q must be a number in \[0, inf\], got -1.0"),
+            ({"tau_q": math.nan}, r"tau_q must be a number in \[0, inf\], got nan"),
+            ({"gumbel": None}, "gumbel is needed when tau_q > 0"),
+        ],
+        ids=str,
+    )
+    def test_bad_input(self, changes, message):
+        case = Case(2, 3, 4, (16, 16))
+        options = {"gumbel": case.gumbel} | case.options | changes
+        with pytest.raises(ValueError, match=message):
+            evor_select_reference(case.network, *case.inputs()[:3], **options)
+        if "gumbel" in changes:
+            evor_select_reference(case.network, *case.inputs()[:3], **options | {"tau_q": 0.0})
 
     def test_gumbel_draws_follow_the_softmax(self):
         generator = torch.Generator().manual_seed(0)
@@ -369,6 +415,9 @@ class TestBadInput:
         "name, shape",
         [
             ("observation", (2, 6)),
+            ("observation", ()),
+            ("action", ()),
+            ("action", (3,)),
             ("action", (2, 3, 4)),
             ("action", (3, 3, 3)),
             ("action", (2, 0, 3)),
@@ -417,14 +466,25 @@ class TestBadInput:
         [
             {"tau_r": -1.0},
             {"tau_r": math.nan},
+            {"tau_r": "1"},
             {"tau_q": -1.0},
             {"tau_q": math.nan},
+            {"tau_q": None},
             {"num_steps": 0},
             {"num_steps": 2.5},
+            {"num_steps": True},
             {"num_steps": 3, "solver": "midpoint"},
             {"solver": "heun"},
             {"loc": torch.zeros(2)},
+            {"loc": math.nan},
+            {"loc": -math.inf},
+            {"loc": "0"},
             {"scale": torch.ones(2, 1)},
+            {"scale": 0},
+            {"scale": -1.0},
+            {"scale": math.inf},
+            {"scale": math.nan},
+            {"scale": None},
             {"tolerance": math.nan},
             {"backend": "cuda"},
             {"precision": "fp8"},
@@ -435,6 +495,26 @@ class TestBadInput:
     def test_options(self, changes):
         with pytest.raises(ValueError, match=next(iter(changes))):
             _run(Case(2, 3, 4, (16, 16)), **changes)
+
+    def test_a_network_is_no_packed_view(self):
+        case = Case(2, 3, 4, (16, 16))
+        case.packed = case.network
+        with pytest.raises(ValueError, match="packed is a Sequential, expected a PackedVelocity"):
+            _run(case)
+        with torch.no_grad(), pytest.raises(ValueError, match="packed is a Sequential"):
+            sample_returns(case.packed, *case.inputs()[:3], 2)
+
+    def test_a_state_of_one_action_without_candidates(self):
+        """Shapes are looked at only where there are as many axes."""
+        case = Case(2, 3, 4, (16, 16))
+        case.observation, case.action = case.observation[0], case.action[0, 0, 0]
+        with pytest.raises(ValueError, match=r"action has shape \(\), expected"):
+            _run(case)
+
+    def test_tensors_of_loc_and_scale_are_not_read(self):
+        """That would wait for the device; on ``meta`` there is nothing to read."""
+        tensors = {"loc": torch.zeros((), device="meta"), "scale": torch.ones(1, device="meta")}
+        _checks.check_normalization(**tensors)
 
     def test_gumbel_is_needed_to_draw(self):
         case = Case(2, 3, 4, (16, 16))

@@ -4,6 +4,7 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -23,7 +24,7 @@ from torchrl_evor.modules.functional import (
     standard_gumbel,
     stratified_normal,
 )
-from torchrl_evor.modules.models.return_model import ReturnModel
+from torchrl_evor.modules.models.return_model import ReturnModel, check_precision
 
 __all__ = ["ReturnFlow"]
 
@@ -266,15 +267,20 @@ class ReturnFlow(ReturnModel):
         num_samples: int = 16,
         nodes: Literal["stratified", "gauss_hermite", "random"] = "stratified",
         backend: Literal["auto", "torch", "triton"] = "auto",
+        precision: Literal["fp16", "bf16", "tf32", "tf32x3", "ieee"] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draws one candidate, on the fused path where the network allows it.
 
         See :meth:`ReturnModel.select` and :meth:`why_not_fused`.
         """
         check_choice("backend", backend, ("auto", "torch", "triton"))
+        check_precision(precision)
         check_positive("num_samples", num_samples)
         check_temperature("tau_r", tau_r)
         check_temperature("tau_q", tau_q)
+        if tau_q > 0 and gumbel is None:
+            # Candidate after candidate, as they were drawn; the same on every path.
+            gumbel = standard_gumbel(candidates[..., 0].movedim(-1, 0)).movedim(0, -1)
         reason = self.why_not_fused(observation, candidates)
         if reason is not None:
             if backend == "triton":
@@ -289,13 +295,12 @@ class ReturnFlow(ReturnModel):
         noise, log_weights = self._nodes(candidates, num_samples, nodes)
         if noise is None:
             noise = candidates.new_empty(*candidates.shape[:-1], num_samples).normal_()
-        if tau_q > 0 and gumbel is None:
-            gumbel = standard_gumbel(candidates[..., 0])
         sizes = observation.shape[-1], candidates.shape[-1]
         packed = [pack_velocity_mlp(network, *sizes) for network in self.members]
         options = {
             "solver": self.solver,
             "backend": backend,
+            "precision": precision,
             "tolerance": self.tolerance,
         }
         if len(packed) > 1:
@@ -343,13 +348,12 @@ class ReturnFlow(ReturnModel):
 
     def _values(self, observation, candidates, tau, num_samples, nodes) -> Tensor:
         # Pairs of state and candidate in pieces, so that memory does not grow with their number.
-        # The axis of a stack of models stays whole.
-        models = getattr(self.members[0], "num_models", None)
-        rows = (models or 1) * len(self.members) * num_samples
-        axis = 0 if models is None else 1
+        # The axis of a stack of models, or of units for each index of it, stays whole.
+        axis = max(self.loc.ndim, int(hasattr(self.members[0], "num_models")))
+        rows = math.prod(candidates.shape[:axis]) * len(self.members) * num_samples
         pairs = observation.unsqueeze(-2).expand(*candidates.shape[:-1], -1)
         pieces = (
-            tensor.flatten(axis, -2).split(max(1, MAX_ROWS // rows), axis)
+            tensor.flatten(axis, -2).split(max(1, MAX_ROWS // max(1, rows)), axis)
             for tensor in (pairs, candidates)
         )
         values = [self.q_star(x, a, tau, num_samples, nodes) for x, a in zip(*pieces)]

@@ -14,9 +14,21 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from torchrl_evor.modules.functional import check_positive, soft_choice
+from torchrl_evor.modules.functional import check_choice, check_positive, soft_choice
 
 __all__ = ["ReturnModel"]
+
+# Operands of the products of a fused kernel; spelt here, since the kernels are not needed to train.
+PRECISIONS = ("fp16", "bf16", "tf32", "tf32x3", "ieee")
+
+
+def check_precision(precision: str | None) -> str | None:
+    """Returns ``precision`` if it is one of ``PRECISIONS`` or ``None``.
+
+    Raises:
+        ValueError: naming the choices, otherwise.
+    """
+    return precision if precision is None else check_choice("precision", precision, PRECISIONS)
 
 
 class ReturnModel(TensorDictModuleBase):
@@ -126,6 +138,7 @@ class ReturnModel(TensorDictModuleBase):
         num_samples: int = 16,
         nodes: Literal["stratified", "gauss_hermite", "random"] = "stratified",
         backend: Literal["auto", "torch", "triton"] = "auto",
+        precision: Literal["fp16", "bf16", "tf32", "tf32x3", "ieee"] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         r"""Draws one candidate from :math:`\mathrm{softmax}(Q^* / \tau_Q)`.
 
@@ -144,15 +157,19 @@ class ReturnModel(TensorDictModuleBase):
                 ``"random"``. Defaults to ``"stratified"``.
             backend (str, optional): ``"auto"``, ``"torch"`` or ``"triton"``.
                 Defaults to ``"auto"``.
+            precision (str, optional): operands of the fused kernels' products,
+                see :class:`~torchrl_evor.EVORActor`. Read by no other path.
 
         Returns:
             tuple of Tensor: the chosen action ``[*B, act]``, its value ``[*B]``
             and the values of all candidates ``[*B, P]``, in reward units.
 
         Raises:
+            ValueError: if ``precision`` is unknown.
             RuntimeError: if ``backend="triton"`` and it cannot run; the message
                 says why.
         """
+        check_precision(precision)
         if backend == "triton":
             raise RuntimeError(
                 f"backend='triton' is not available: {type(self).__name__} has no fused kernel."

@@ -23,6 +23,7 @@ from torchrl_evor.modules.functional import (
 )
 from torchrl_evor.modules.models.flow import FlowMatchingModel
 from torchrl_evor.modules.models.return_flow import ReturnFlow
+from torchrl_evor.modules.models.return_model import check_precision
 
 __all__ = ["EVORActor", "FlowMatchingPolicy"]
 
@@ -110,6 +111,14 @@ class EVORActor(TensorDictModuleBase):
         backend (str, optional): ``"torch"``, ``"triton"`` or ``"auto"``, the
             fastest measured choice for the device; PyTorch where none has been
             measured. Defaults to ``"auto"``.
+        precision (str, optional): operands of the Triton kernels' products:
+            ``"fp16"``, ``"bf16"``, ``"tf32"``, ``"tf32x3"`` (three products, near
+            float32) or ``"ieee"``. Defaults to ``None``: the parameters' dtype where
+            it is of 16 bits, else what ``torch.get_float32_matmul_precision()``
+            allows, ``"tf32x3"`` for ``"highest"``, ``"tf32"`` for ``"high"``,
+            ``"bf16"`` for ``"medium"``; float32 is never rounded to fp16 unasked.
+            With ``backend="auto"`` it also says whose measurements decide. Nothing
+            else reads it: products in PyTorch follow torch's own settings.
         return_candidates (bool, optional): also write ``"candidates"``
             ``[*B, num_candidates, act]`` and ``"candidate_values"``
             ``[*B, num_candidates]``. Defaults to ``False``.
@@ -121,9 +130,9 @@ class EVORActor(TensorDictModuleBase):
         candidate is taken whatever ``tau_q`` is.
 
     Raises:
-        ValueError: if a count is below 1, a temperature negative, ``nodes`` or
-            ``backend`` unknown, the policy does not write the action that
-            ``returns`` reads, or it reads its noise.
+        ValueError: if a count is below 1, a temperature negative, ``nodes``,
+            ``backend`` or ``precision`` unknown, the policy does not write the
+            action that ``returns`` reads, or it reads its noise.
 
     Examples:
         >>> import torch
@@ -147,6 +156,7 @@ class EVORActor(TensorDictModuleBase):
         tau_q: float = 0.0,
         nodes: Literal["stratified", "gauss_hermite", "random"] = "stratified",
         backend: Literal["auto", "torch", "triton"] = "auto",
+        precision: Literal["fp16", "bf16", "tf32", "tf32x3", "ieee"] | None = None,
         return_candidates: bool = False,
     ) -> None:
         super().__init__()
@@ -163,32 +173,37 @@ class EVORActor(TensorDictModuleBase):
         self.tau_q = check_temperature("tau_q", tau_q)
         self.nodes = check_choice("nodes", nodes, NODES)
         self.backend = check_choice("backend", backend, ("auto", "torch", "triton"))
+        self.precision = check_precision(precision)
         self.return_candidates = return_candidates
         # Not the policy's first output: that of a ProbabilisticActor is a mean.
-        action_key = returns.in_keys[1]
-        if action_key not in policy.out_keys:
+        self._action_key = returns.in_keys[1]
+        if self._action_key not in policy.out_keys:
             raise ValueError(
-                f"policy must write the action that returns reads, {action_key!r}, "
+                f"policy must write the action that returns reads, {self._action_key!r}, "
                 f"got a policy that writes {policy.out_keys}."
             )
         self.in_keys = list(dict.fromkeys([*policy.in_keys, returns.in_keys[0]]))
-        self.out_keys = [action_key, *returns.out_keys]
+        self.out_keys = [self._action_key, *returns.out_keys]
         if return_candidates:
             self.out_keys += ["candidates", "candidate_values"]
 
     def candidates(self, tensordict: TensorDictBase) -> Tensor:
         """Draws ``num_candidates`` actions of the base policy, ``[*B, P, act]``."""
-        # The candidate axis goes first, where it fits leaves of any shape.
+        network = getattr(getattr(self.policy, "module", None), "velocity_network", None)
+        # The candidate axis goes first, where it fits leaves of any shape; behind the axis of the
+        # models, if the policy is a stack of them.
+        axis = 0 if getattr(network, "num_models", None) is None else 1
         expanded = TensorDict(
             {
-                key: leaf.expand(self.num_candidates, *leaf.shape)
+                key: leaf.unsqueeze(axis).expand(
+                    *leaf.shape[:axis], self.num_candidates, *leaf.shape[axis:]
+                )
                 for key in self.policy.in_keys
                 for leaf in [tensordict[key]]
-            },
-            batch_size=[self.num_candidates],
+            }
         )
         with set_exploration_type(ExplorationType.RANDOM):
-            return self.policy(expanded).get(self.out_keys[0]).movedim(0, -2)
+            return self.policy(expanded).get(self._action_key).movedim(axis, -2)
 
     @dispatch(auto_batch_size=False)
     @torch.no_grad()
@@ -203,9 +218,10 @@ class EVORActor(TensorDictModuleBase):
             num_samples=self.num_samples,
             nodes=self.nodes,
             backend=self.backend,
+            precision=self.precision,
         )
-        tensordict.set(self.out_keys[0], action)
-        tensordict.set(self.out_keys[1], value.unsqueeze(-1))
+        tensordict.set(self._action_key, action)
+        tensordict.set(self.returns.out_keys[0], value.unsqueeze(-1))
         if self.return_candidates:
             tensordict.set("candidates", candidates)
             tensordict.set("candidate_values", values)

@@ -175,6 +175,7 @@ class EVORActorConfig(_ModuleConfig):
     tau_q: float = 0.0
     nodes: str = "stratified"
     backend: str = "auto"
+    precision: str | None = None
     return_candidates: bool = False
     _target_: str = f"{_HERE}._make_evor_actor"
 
