@@ -83,7 +83,6 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
         cfg=cfg,
         training_text=lambda method: f"data=official method={method}",
         policy_updates=3,
-        support=(-2.0, 2.0),
         device=torch.device("cpu"),
     )
     return agents.save(folder, TASK["env"], method, setting, agent, program, train_seconds=60.0)

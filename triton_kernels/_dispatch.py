@@ -272,17 +272,16 @@ def select(
     backend = _resolve_backend(backend, tensors, eps, action, draws, precision)
     steps = Steps(num_steps, solver)
     selection = (log_weights, loc, scale, tau_r, tau_q, return_samples)
-    if backend == "torch" or action.shape[0] == 0:
-        sampler = (tensors, activation, eps, steps, backend, precision, tolerance)
-        with _own_settings(action.device):
+    with _own_settings(action.device):
+        if backend == "torch" or action.shape[0] == 0:
+            sampler = (tensors, activation, eps, steps, backend, precision, tolerance)
             z = _sample(packed, observation, action, draws, *sampler)
             if tau_q > 0 and gumbel is None:
                 gumbel = philox_gumbel(seed, tuple(action.shape[:2]))
             return _select_torch(z, action, gumbel, *selection)
-    from . import _launch
+        from . import _launch
 
-    sampler = (packed, tensors, eps, activation, observation, action, draws, steps)
-    with _own_settings(action.device):
+        sampler = (packed, tensors, eps, activation, observation, action, draws, steps)
         reads, options = _triton_reads(*sampler, backend, precision)
         drawn = seed if gumbel is None and tau_q > 0 else gumbel
         return _launch.evor_select(*reads, drawn, *selection, **options)

@@ -40,9 +40,9 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _operand(x, pointer, TF32: tl.constexpr):
+def _operand(x, pointer, PRECISION: tl.constexpr):
     """``x`` in the digits that a product reads, so that sums over operands agree with it."""
-    if TF32:
+    if PRECISION == "tf32" and pointer.dtype.element_ty == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         # The largest NaN would wrap around to a zero.
@@ -91,7 +91,7 @@ def _fold_kernel(
     HAS_GAMMA: tl.constexpr,
     HAS_BETA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    TF32: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -112,7 +112,7 @@ def _fold_kernel(
             gamma = tl.load(gamma_ptr + cols, cols < n_in, other=0.0).to(tl.float32)
             weight = weight * gamma[None, :]
         # Sums of the rounded weights keep the mean term consistent with the product.
-        rounded = _operand(weight, out_ptr, TF32)
+        rounded = _operand(weight, out_ptr, PRECISION)
         total += tl.sum(rounded.to(tl.float32), 1)
         out = out_ptr + rows[:, None] * PAD + cols[None, :]
         tl.store(out, rounded, (rows < out_rows)[:, None])
@@ -160,7 +160,7 @@ def _first_kernel(
     NOISE: tl.constexpr,
     LAYER_NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    TF32: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -200,7 +200,7 @@ def _first_kernel(
             weight_z = tl.load(weight_z_ptr + cols, cols < width, other=0.0).to(tl.float32)
             weight_t = tl.load(weight_t_ptr + cols, cols < width, other=0.0).to(tl.float32)
             x = base.to(tl.float32) + z[:, None] * weight_z[None, :] + time * weight_t[None, :]
-            g = _operand(_activate(x, ACTIVATION), out_ptr, TF32)
+            g = _operand(_activate(x, ACTIVATION), out_ptr, PRECISION)
             tl.store(out_ptr + local[:, None] * PAD + cols[None, :], g)
             if LAYER_NORM:
                 wide = g.to(tl.float32)
@@ -230,7 +230,6 @@ def _hidden_kernel(
     LAYER_NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
-    TF32: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -257,7 +256,7 @@ def _hidden_kernel(
         product = tl.sum(g * tl.load(head_ptr + cols)[None, :], 1)
         tl.store(out_ptr + part * padded + rows, product)
     else:
-        low = _operand(g, out_ptr, TF32)
+        low = _operand(g, out_ptr, PRECISION)
         tl.store(out_ptr + rows[:, None] * PAD + cols[None, :], low)
         g = low.to(tl.float32)
     if LAYER_NORM:
@@ -320,7 +319,6 @@ def _loop_kernel(
     LAYER_NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
-    TF32: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -351,7 +349,7 @@ def _loop_kernel(
                 weight_t = tl.load(weight_t_ptr + chunk, inside, other=0.0).to(tl.float32)
                 x = base.to(tl.float32) + z[:, None] * weight_z[None, :]
                 x += (k * step) * weight_t[None, :]
-                low = _operand(_activate(x, ACTIVATION), scratch_ptr, TF32)
+                low = _operand(_activate(x, ACTIVATION), scratch_ptr, PRECISION)
                 tl.store(scratch_ptr + lanes[:, None] * PAD + chunk[None, :], low)
                 if LAYER_NORM:
                     wide = low.to(tl.float32)
@@ -376,7 +374,7 @@ def _loop_kernel(
                     BLOCK_M,
                     BLOCK_K,
                 )
-                low = _operand(g, scratch_ptr, TF32)
+                low = _operand(g, scratch_ptr, PRECISION)
                 out = scratch_ptr + ((layer + 1) % 2) * half
                 tl.store(out + lanes[:, None] * PAD + cols[None, :], low)
                 if LAYER_NORM:

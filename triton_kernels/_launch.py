@@ -84,7 +84,7 @@ def padded_width(widths, power_of_two: bool) -> int:
     return -(-width // 128) * 128 if width > 128 else 128
 
 
-def _fold_layer(pair, norm, out, sums, bias, tf32: bool) -> None:
+def _fold_layer(pair, norm, out, sums, bias, precision: str) -> None:
     weight, linear_bias = pair
     gamma, beta = norm if norm is not None else (None, None)
     n_out, n_in = weight.shape
@@ -105,7 +105,7 @@ def _fold_layer(pair, norm, out, sums, bias, tf32: bool) -> None:
         HAS_GAMMA=gamma is not None,
         HAS_BETA=beta is not None,
         HAS_BIAS=linear_bias is not None,
-        TF32=tf32,
+        PRECISION=precision,
         BLOCK_M=block_m,
         BLOCK_K=min(64, out.shape[-1]),
         num_warps=4,
@@ -124,18 +124,18 @@ def pack_weights(
     widths = tuple(weight.shape[0] for weight, _ in linears[:-1])
     pad = padded_width(widths, power_of_two)
     depth = len(linears) - 1
-    hidden = first.new_empty(depth - 1, pad, pad, dtype=OPERANDS[precision][0])
+    operand, input_precision = OPERANDS[precision]
+    hidden = first.new_empty(depth - 1, pad, pad, dtype=operand)
     head = first.new_empty(1, pad, dtype=torch.float32)
     sums = first.new_empty(depth, pad, dtype=torch.float32)
     biases = torch.empty_like(sums)
     with device_guard(first):
         for index, pair in enumerate(linears[1:]):
-            last = index == depth - 1
-            out = head if last else hidden[index]
-            norm = norms[index] if layer_norm else None
             # The head's product is a sum in float32.
-            tf32 = precision == "tf32" and not last
-            _fold_layer(pair, norm, out, sums[index], biases[index], tf32)
+            last = index == depth - 1
+            out, digits = (head, "ieee") if last else (hidden[index], input_precision)
+            norm = norms[index] if layer_norm else None
+            _fold_layer(pair, norm, out, sums[index], biases[index], digits)
     first_z, first_t = first[:, -2].contiguous(), first[:, -1].contiguous()
     return TritonWeights(
         first[:, :-2], first_z, first_t, first_bias, hidden, sums, biases, head[0], pad, widths
@@ -200,7 +200,7 @@ def _layered_chunk(
     common = {
         "LAYER_NORM": s.layer_norm,
         "ACTIVATION": s.activation,
-        "TF32": s.precision == "tf32",
+        "PRECISION": input_precision,
         "PDL": config.pdl,
     }
     if config.pdl:
@@ -262,7 +262,6 @@ def _layered_chunk(
                 PAD=w.pad,
                 PARTS_IN=1 if layer == 0 else parts,
                 LAST=last,
-                PRECISION=input_precision,
                 BLOCK_M=config.block_m,
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
@@ -314,7 +313,6 @@ def _loop(
         LAYER_NORM=s.layer_norm,
         ACTIVATION=s.activation,
         PRECISION=input_precision,
-        TF32=s.precision == "tf32",
         BLOCK_M=config.block_m,
         BLOCK_K=min(config.block_k, w.pad),
         num_warps=config.warps,

@@ -56,12 +56,15 @@ BUILT_WITH = (
 
 @dataclass
 class Agent:
-    """A trained agent: base policy, value network (an ensemble's members, none for "bc"), units."""
+    """A trained agent: base policy, value network (an ensemble's members, none for "bc"), units,
+    lowest and highest atom of a histogram.
+    """
 
     policy: VelocityMLP
     value: list[VelocityMLP]
     loc: float
     scale: float
+    support: tuple[float, float] | None = None
 
 
 def save(
@@ -89,7 +92,7 @@ def save(
         "peak_memory_mb": utils.peak_memory_mb(program.device),
         "loc": agent.loc,
         "scale": agent.scale,
-        "support": list(program.support),
+        "support": agent.support,
         "num_atoms": program.cfg.num_atoms,
         "policy": {key: value.cpu() for key, value in agent.policy.state_dict().items()},
         "value": [

@@ -38,6 +38,8 @@ from torchrl_evor.objectives.flow_policy import FlowPolicyLoss
 METHODS = ("evor", "bc", "qc", "scalar", "hl_gauss", "categorical", "quantile", "iql")
 # Critics of EVOR's problem, policy evaluation.
 CRITICS = ("scalar", "hl_gauss", "categorical", "quantile")
+# Of them those whose atoms lie within a support.
+HISTOGRAMS = ("hl_gauss", "categorical")
 # Methods that know the law of the return, to which its temperature says something.
 LAWS = ("evor", "categorical", "quantile")
 
@@ -123,7 +125,7 @@ class Sizes:
 
 
 def make_critic(
-    kind: str, network: nn.Module, *, support: tuple[float, float], num_atoms: int, **options
+    kind: str, network: nn.Module, *, support: tuple[float, float] | None, num_atoms: int, **options
 ) -> Critic:
     """Critic of policy evaluation.
 
@@ -132,7 +134,7 @@ def make_critic(
         network (nn.Module): with one output if ``"scalar"``, else ``num_atoms``.
 
     Keyword Args:
-        support (tuple of float): lowest and highest atom, in z units.
+        support (tuple of float or None): lowest and highest atom of a histogram, in z units.
         num_atoms (int): atoms, bins or quantiles.
         **options: ``loc``, ``scale`` and ``num_critics`` of :class:`Critic`.
     """

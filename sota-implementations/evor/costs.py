@@ -10,20 +10,17 @@ Memory is what a phase adds at its peak to the process (on a GPU, to the device)
 
 from __future__ import annotations
 
-import csv
-import functools
-import io
 import multiprocessing
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import hydra
-import results_io
+import studies
 import torch
 import train_baseline
 import utils
+import value_study
 from omegaconf import DictConfig, OmegaConf
 from report import number, table
 from tensordict import TensorDict
@@ -61,19 +58,6 @@ def make_batch(cfg: DictConfig, action_dim: int, device: torch.device) -> Tensor
     return batch.to(device)
 
 
-def median_ms(call: Callable[[], object], repeats: int, warmup: int, device: torch.device) -> float:
-    """Median time of a call; on a GPU from start to end of its work."""
-    seconds = []
-    for index in range(warmup + repeats):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if index >= warmup:
-            seconds.append(time.perf_counter() - start)
-    return 1e3 * torch.tensor(seconds).median().item()
-
-
 def added_memory(device: torch.device, phase: Callable[[], object]) -> tuple[object, float]:
     """Result of a phase and the memory in MiB that it adds at its peak."""
     utils.reset_peak_memory(device)
@@ -94,28 +78,28 @@ def measure(config: dict, method: str) -> dict:
         loss, actor, optimizer, updater = train_baseline.make_agent(cfg, sizes, device)
         scheduler = utils.make_scheduler(optimizer, "constant", 1)
         update = utils.make_update(cfg, loss, updater, optimizer, scheduler)
-        # A copy, because losses write the errors of rows to their batch.
-        update_ms = median_ms(lambda: update(batch.copy()), cfg.updates, 20, device)
-        return actor, sum(p.numel() for p in loss.parameters()), update_ms
+        # Losses write the errors of rows to their batch, a copy, and go to the CPU, which waits
+        # for the device.
+        seconds = studies.median_seconds(lambda: update(batch.copy()).cpu(), cfg.updates, warmup=20)
+        return actor, sum(p.numel() for p in loss.parameters()), seconds
 
     def act():
-        times = []
-        for states in (1, cfg.states):
-            td = batch.select("observation")[torch.arange(states) % len(batch)]
-            with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
-                decide = functools.partial(lambda td: actor(td.copy()), td)
-                times.append(median_ms(decide, cfg.decisions, 3, device))
-        return times
+        observation = torch.randn(cfg.states, cfg.observation_dim, device=device)
+        with set_exploration_type(ExplorationType.RANDOM):
+            return [
+                studies.decision_seconds(actor, states, cfg.decisions)
+                for states in (observation[:1], observation)
+            ]
 
-    (actor, parameters, update_ms), train_mb = added_memory(device, train)
-    (decision_ms, decisions_ms), act_mb = added_memory(device, act)
+    (actor, parameters, update_seconds), train_mb = added_memory(device, train)
+    (decision, decisions), act_mb = added_memory(device, act)
     return {
         "method": utils.method_name(method, cfg.chunk_size),
         "parameters": parameters,
-        "update_ms": update_ms,
+        "update_ms": 1e3 * update_seconds,
         "train_mb": train_mb,
-        "decision_ms": decision_ms,
-        "decisions_ms": decisions_ms,
+        "decision_ms": 1e3 * decision,
+        "decisions_ms": 1e3 * decisions,
         "act_mb": act_mb,
         "device": utils.device_name(device),
     }
@@ -145,13 +129,9 @@ def main(cfg: DictConfig) -> None:
             rows.append(pool.submit(measure, config, method).result())
     tqdm.write(show(rows, cfg.states))
     if cfg.output is not None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
         path = Path(cfg.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        results_io.write_text(path, text.getvalue())
+        value_study.write(rows, path)
         tqdm.write(f"Rows in {path}")
 
 

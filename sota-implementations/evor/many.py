@@ -186,7 +186,6 @@ class Program:
         self.action_dim = cfg.chunk_size * self._first_windows.action.shape[-1]
         self.policy_units = utils.input_units(cfg.data.observation_spread, replay)
         self.value_units = utils.input_units(cfg.value_spread, replay)
-        self.support = utils.support(self._normalized_returns())
         self.policy = self._make_policy()
         # Behaviour cloning is the base policy, which the losses of all others train.
         learning = [method for method in cfg.methods if method != "bc"]
@@ -250,13 +249,14 @@ class Program:
         network = self._stack(num_models, in_features, out_features, self.cfg.layer_norm)
         return network.standardize_inputs_(*self.value_units)
 
-    def _normalized_returns(self) -> Tensor:
-        """The data's returns of all tasks, in the units of each."""
+    @functools.cached_property
+    def _support(self) -> tuple[float, float]:
+        """Lowest and highest atom for the returns of all tasks, in the units of each."""
         returns = []
         for replay in self.replays.values():
             loc, scale = replay.return_statistics(self.gamma)
             returns.append((replay.empirical_returns(self.gamma) - loc) / scale)
-        return torch.stack(returns)
+        return utils.support(torch.stack(returns))
 
     def _make_loss(self, method: str) -> torch.nn.Module:
         """The loss of a method over its stack of value networks."""
@@ -281,7 +281,8 @@ class Program:
         kind = "scalar" if method == "qc" else method
         outputs = 1 if kind == "scalar" else self.cfg.num_atoms
         network = self._value_stack(num_critics * len(settings), features, outputs)
-        atoms = {"support": self.support, "num_atoms": self.cfg.num_atoms}
+        support = self._support if kind in baselines.HISTOGRAMS else None
+        atoms = {"support": support, "num_atoms": self.cfg.num_atoms}
         units = {"loc": loc, "scale": scale}
         critic = baselines.make_critic(kind, network, num_critics=num_critics, **atoms, **units)
         if method == "qc":
@@ -381,7 +382,9 @@ class Program:
             members = networks[index :: len(settings)]
             loc, scale = model.loc[index].item(), model.scale[index].item()
             policy = policies[seeds.index(setting.seed)]
-            yield setting, agents.Agent(policy, members, loc, scale)
+            atoms = getattr(model, "atoms", None)
+            support = None if atoms is None else (atoms[0].item(), atoms[-1].item())
+            yield setting, agents.Agent(policy, members, loc, scale, support)
 
 
 def training_settings(cfg: DictConfig, gamma: float, origin: str) -> dict[str, object]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,14 +229,24 @@ def evaluate(
 
 @torch.no_grad()
 def decision_seconds(actor: EVORActor, observation: torch.Tensor, repeats: int = 10) -> float:
-    """Median seconds of one decision for ``observation`` ``[1, obs]``, after two to warm up."""
-    seconds = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
+    """Median seconds of one decision for ``observation`` ``[B, obs]``, after two to warm up."""
+
+    def decide() -> None:
+        states = TensorDict(observation=observation, batch_size=observation.shape[:1])
         # The copy to the CPU waits for the device.
-        actor(TensorDict(observation=observation, batch_size=[1]))["action"].cpu()
+        actor(states)["action"].cpu()
+
+    return median_seconds(decide, repeats, warmup=2)
+
+
+def median_seconds(call: Callable[[], object], repeats: int, warmup: int) -> float:
+    """Median time of a call that waits for its device, after some to warm up."""
+    seconds = []
+    for _ in range(warmup + repeats):
+        start = time.perf_counter()
+        call()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
+    return statistics.median(seconds[warmup:])
 
 
 def labels(trained: Trained, checkpoint: str, options: dict) -> dict:

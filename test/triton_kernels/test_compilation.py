@@ -18,11 +18,11 @@ import subprocess
 import pytest
 import torch
 from _kernel_cases import Case
+from torchrl_evor.triton_kernels._checks import PRECISIONS
 
 _has_triton = importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.skipif(not _has_triton, reason="needs triton")
 
-PRECISIONS = ("fp16", "bf16", "tf32", "tf32x3", "ieee")
 # Hidden widths, states and nodes of the calls that take every tile that `_config.py` chooses for
 # these widths. Those of the layered design are the same for all widths, and once is enough.
 LAYERED = [(512, (1, 4)), (512, (1, 64)), (512, (50, 64)), (1024, (50, 64))]

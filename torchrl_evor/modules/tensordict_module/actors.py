@@ -176,14 +176,14 @@ class EVORActor(TensorDictModuleBase):
         self.precision = check_precision(precision)
         self.return_candidates = return_candidates
         # Not the policy's first output: that of a ProbabilisticActor is a mean.
-        self._action_key = returns.in_keys[1]
-        if self._action_key not in policy.out_keys:
+        action_key = returns.in_keys[1]
+        if action_key not in policy.out_keys:
             raise ValueError(
-                f"policy must write the action that returns reads, {self._action_key!r}, "
+                f"policy must write the action that returns reads, {action_key!r}, "
                 f"got a policy that writes {policy.out_keys}."
             )
         self.in_keys = list(dict.fromkeys([*policy.in_keys, returns.in_keys[0]]))
-        self.out_keys = [self._action_key, *returns.out_keys]
+        self.out_keys = [action_key, *returns.out_keys]
         if return_candidates:
             self.out_keys += ["candidates", "candidate_values"]
 
@@ -192,7 +192,7 @@ class EVORActor(TensorDictModuleBase):
         network = getattr(getattr(self.policy, "module", None), "velocity_network", None)
         # The candidate axis goes first, where it fits leaves of any shape; behind the axis of the
         # models, if the policy is a stack of them.
-        axis = 0 if getattr(network, "num_models", None) is None else 1
+        axis = int(hasattr(network, "num_models"))
         expanded = TensorDict(
             {
                 key: leaf.unsqueeze(axis).expand(
@@ -203,7 +203,7 @@ class EVORActor(TensorDictModuleBase):
             }
         )
         with set_exploration_type(ExplorationType.RANDOM):
-            return self.policy(expanded).get(self._action_key).movedim(axis, -2)
+            return self.policy(expanded).get(self.returns.in_keys[1]).movedim(axis, -2)
 
     @dispatch(auto_batch_size=False)
     @torch.no_grad()
@@ -220,7 +220,8 @@ class EVORActor(TensorDictModuleBase):
             backend=self.backend,
             precision=self.precision,
         )
-        tensordict.set(self._action_key, action)
+        # Not out_keys, of which some may have been selected.
+        tensordict.set(self.returns.in_keys[1], action)
         tensordict.set(self.returns.out_keys[0], value.unsqueeze(-1))
         if self.return_candidates:
             tensordict.set("candidates", candidates)
