@@ -230,22 +230,28 @@ class TestReport:
         comparison = text[text.index("| evor against |") :]
         assert cells(comparison, "bc")[1].startswith("65.0 [")
         assert cells(comparison, "bc")[2:4] == ["100.0 [100.0, 100.0]", "27.5 [27.5, 27.5]"]
-        assert cells(comparison, "bc")[4] == "55.0, 65.0, 75.0; 27.5, 27.5, 27.5"
+        assert cells(comparison, "bc")[4] == "0, 1, 2: 55.0, 65.0, 75.0; 27.5, 27.5, 27.5"
         shared = "protocol small, num_updates 1000, num_transitions 99, hidden 8x8, batch_size 4"
         assert f"- All: {shared}, device cpu, episodes 10, tau_r inf, tau_q 0.0\n" in text
         command = "first of 6 runs: `python evor.py seed=0`"
         assert f"- bc: lr 0.1; {command}\n- evor: lr 0.001, gamma 0.99; {command}" in text
 
     def test_differences_of_each_seed(self, root):
-        """They are paired by the number of the seed, or not at all."""
+        """They are paired by the number of the seed, over seeds that both have, or not at all."""
         for seed, value in ((0, 10.0), (5, 20.0)):
             for task in (1, 2):
                 add(root, method="evor", task=task, seed=seed, return_mean=value + task)
                 add(root, method="bc", task=task, seed=seed, return_mean=1.0)
                 add(root, method="iql", task=task, seed=seed + 1, return_mean=1.0)
+                add(root, method="qc", task=task, seed=seed, return_mean=1.0)
+        for task in (1, 2):  # one seed more, which evor has not
+            add(root, method="qc", task=task, seed=3, return_mean=-1000.0, success=0.0)
         text = run(root)
+        assert cells(text, "qc")[4].startswith("-332.7 [")
         comparison = text[text.index("| evor against |") :]
-        assert cells(comparison, "bc")[4] == "0.0, 0.0; 10.5, 20.5"
+        assert cells(comparison, "bc")[4] == "0, 5: 0.0, 0.0; 10.5, 20.5"
+        assert cells(comparison, "qc")[1:] == cells(comparison, "bc")[1:]
+        assert cells(comparison, "qc")[3].startswith("15.5 [")
         assert cells(comparison, "iql")[4] == "-"
 
     def test_published_numbers_stand_apart(self, root):

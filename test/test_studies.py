@@ -398,7 +398,7 @@ def test_costs_of_a_method(method):
 
 def test_parameters_by_hand():
     """Chain: 10 states, 1 action, z and time; bins add 32 inputs, Fourier times 8."""
-    truth = architecture_study.value_study.ExactReturns("chain", [1.0])
+    truth = architecture_study.value_study.make_truth(config("architecture_study"), "chain")
     variants = architecture_study.make_variants(config("architecture_study"))
     sizes = {k: architecture_study.num_parameters(v, truth) for k, v in variants.items()}
     assert sizes["depth 1"] == 13 * 64 + 64 + 64 + 1

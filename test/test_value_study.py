@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(RECIPE))
 import value_problems  # noqa: E402
 
 _has_hydra = importlib.util.find_spec("hydra") is not None
+_has_ogbench = importlib.util.find_spec("ogbench") is not None
 
 
 def simulate(problem, state, right, size):
@@ -84,7 +86,7 @@ def test_mixture_by_hand():
 
 
 def test_errors_by_hand():
-    truth = object.__new__(value_problems.ExactReturns)
+    truth = object.__new__(value_problems.KnownLaws)
     truth.scale, truth.returns = 2.0, torch.tensor([[0.0, 4.0]])
     truth.q_star = {math.inf: torch.tensor([2.0]), 0.5: torch.tensor([3.0])}
     quantiles = torch.tensor([[[1.0, 3.0]], [[0.0, 4.0]]])
@@ -104,7 +106,7 @@ def test_returns_that_the_data_know():
 
 
 def test_score_and_ranks_by_hand():
-    truth = object.__new__(value_problems.MonteCarloReturns)
+    truth = object.__new__(value_problems.HeldOutReturns)
     truth.scale, truth.returns = 2.0, torch.tensor([[1.0], [3.0]])
     # A point mass at 1 and a law of two points 0 and 4 for both returns.
     quantiles = torch.tensor([[[1.0, 1.0]] * 2, [[0.0, 4.0]] * 2])
@@ -113,6 +115,113 @@ def test_score_and_ranks_by_hand():
     assert errors["crps"].tolist() == [0.5, 0.5]
     # Ranks 0 and 1, and twice 0.5, against 0.25 and 0.75.
     assert errors["rank_distance"].tolist() == [0.25, 0.25]
+
+
+@pytest.mark.skipif(not _has_ogbench, reason="needs ogbench")
+class TestMazeWalk:
+    SIZES = {"num_transitions": 300, "episode_length": 40, "num_pairs": 5, "num_rollouts": 3}
+
+    @staticmethod
+    def walker(noise=0.5, seed=0):
+        import maze_walk
+
+        return maze_walk.Walker(noise, seed)
+
+    def test_ways_by_hand(self):
+        """The goal is in the cell (6, 6), a way of 13 steps from (1, 1), which is the dead end."""
+        walker = self.walker()
+        assert walker.maze.xy_to_ij(walker.maze.cur_goal_xy) == (6, 6)
+        centre = {cell: walker.maze.ij_to_xy(cell) for cell in walker.cells}
+        assert walker.subgoals[6, 6].tolist() == list(centre[6, 6])
+        assert walker.subgoals[5, 6].tolist() == list(centre[6, 6])
+        assert walker.subgoals[1, 1].tolist() == list(centre[1, 1])
+        assert walker.subgoals[2, 1].tolist() == list(centre[1, 1])
+        # As far from both, or all but: no way is taken.
+        assert not {(1, 5), (1, 6), (2, 4), (2, 5), (2, 6), (6, 2)} & set(walker.subgoals)
+
+    def test_returns_by_hand(self):
+        walker = self.walker(noise=0.0)
+        goal = walker.maze.cur_goal_xy
+        gamma = 0.9
+        # OGBench judges the state before a step: at the goal nothing is paid, and it is over.
+        assert walker.discounted_return(goal, np.zeros(2), gamma) == 0.0
+        # From 4.1 below it 0.2 each time, to within a distance of 1: 16 steps that cost 1.
+        below = np.array(goal) - np.array([0.0, 4.1])
+        expected = -(1 - gamma**16) / (1 - gamma)
+        found = walker.discounted_return(below, np.array([0.0, 1.0]), gamma)
+        assert found == pytest.approx(expected, rel=1e-6)
+        # In the dead end for ever.
+        end = walker.maze.ij_to_xy((1, 1))
+        assert walker.discounted_return(end, np.zeros(2), gamma) == pytest.approx(-10.0)
+
+    def test_walks_have_ogbenchs_format_and_repeat(self):
+        first, again = self.walker(seed=3), self.walker(seed=3)
+        for _ in range(3):
+            episode = first.episode(30)
+            assert episode["terminals"].sum() == episode["terminals"][-1] == 1
+            assert len(episode["terminals"]) <= 31
+            for key, column in again.episode(30).items():
+                assert np.array_equal(column, episode[key]), key
+
+    def test_problem(self, tmp_path):
+        import maze_walk
+
+        options = {"gamma": 0.9, "n_step": 4, "noise": 1.0, **self.SIZES}
+        problem = maze_walk.MazeWalk(tmp_path, **options)
+        (folder,) = tmp_path.iterdir()
+        observation, action = problem.pairs()
+        assert observation.shape == action.shape == (5, 2)
+        law = problem.law()
+        assert law.means.shape == (5, 3)
+        torch.testing.assert_close(law.q_star(math.inf), law.means.mean(-1))
+        torch.testing.assert_close(law.quantiles(3), law.means.sort(-1).values)
+        batch = problem.sample(2, 6)
+        assert batch["next", "reward"].shape == (2, 6, 1)
+        assert batch["steps_to_next_obs"].max() == 4
+        # What was simulated is kept, and belongs to its settings.
+        changed = (folder / "returns.npz").stat().st_mtime_ns
+        again = maze_walk.MazeWalk(tmp_path, **options)
+        assert torch.equal(again.law().means, law.means)
+        assert (folder / "returns.npz").stat().st_mtime_ns == changed
+        maze_walk.MazeWalk(tmp_path, **{**options, "noise": 0.5})
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_what_was_interrupted_is_made_again(self, tmp_path, monkeypatch):
+        import maze_walk
+
+        options = {"gamma": 0.9, "n_step": 4, "noise": 1.0, **self.SIZES}
+        with monkeypatch.context() as patch:
+            patch.setattr(maze_walk, "_simulate", lambda *arguments: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                maze_walk.MazeWalk(tmp_path, **options)
+        assert not list(tmp_path.iterdir())
+        maze_walk.MazeWalk(tmp_path, **options)
+        assert len(list(tmp_path.iterdir())) == 1
+
+    @pytest.mark.parametrize("name, value", [("gamma", 1.0), ("noise", -1.0), ("num_pairs", 0)])
+    def test_bad_numbers(self, tmp_path, name, value):
+        import maze_walk
+
+        options = {"gamma": 0.9, "n_step": 4, "noise": 1.0, **self.SIZES, name: value}
+        with pytest.raises(ValueError, match=f"{name}.* must .*got .*{value}"):
+            maze_walk.MazeWalk(tmp_path, **options)
+
+    def test_simulated_returns_are_those_of_the_data(self):
+        """A walk's own return, from its first step, is one more draw of the simulated law."""
+        walker, gamma, scores = self.walker(noise=1.0, seed=1), 0.98, []
+        while len(scores) < 16:
+            episode = walker.episode(300)
+            # From the corner of the goal, where all arrive; chosen by their start alone.
+            if episode["observations"][0].min() < 14:
+                continue
+            steps = len(episode["terminals"]) - 2
+            start = episode["observations"][0], episode["actions"][0]
+            # Minus 1 for each step before the one that leaves the goal.
+            own = -(1 - gamma**steps) / (1 - gamma)
+            drawn = [walker.discounted_return(*start, gamma) for _ in range(9)]
+            scores.append(sum(x < own for x in drawn) + sum(x == own for x in drawn) / 2)
+        # Ranks among nine draws are uniform from 0 to 9: mean 4.5, that of 16 within 0.72.
+        assert abs(sum(scores) / len(scores) - 4.5) < 3 * 0.72
 
 
 @pytest.mark.skipif(not _has_hydra, reason="needs hydra")

@@ -284,7 +284,10 @@ def task_table(methods: list[Method]) -> str:
 def comparison_table(
     methods: list[Method] | list[Pooled], reference: str, estimator: Estimator
 ) -> str:
-    """The reference method against every other one."""
+    """The reference method against every other one, over the seeds that both have.
+
+    Where they share none, or tasks have different ones, over all of either.
+    """
     first = next(method for method in methods if method.name == reference)
     level = f"{100 * estimator.confidence:g} %"
     header = [
@@ -292,31 +295,43 @@ def comparison_table(
         f"Difference of means, points [{level}]",
         f"Probability of improvement, % [{level}]",
         f"Difference of returns [{level}]",
-        "Of each seed: points; returns",
+        "Of each shared seed: points; returns",
     ]
     rows = []
     for other in methods:
         if other is first:
             continue
         # Runs of one seed share data, and in one program the base policy.
-        paired = first.seeds is not None and first.seeds == other.seeds
+        shared = sorted(set(first.seeds or ()) & set(other.seeds or ()))
         success, returns = (first.scores, other.scores), (first.returns, other.returns)
-        by_seed = [differences(*success, 100), differences(*returns, 1)] if paired else ["-"]
+        if shared:
+            pick = [[method.seeds.index(seed) for seed in shared] for method in (first, other)]
+            success, returns = (
+                [matrix[index] for matrix, index in zip(matrices, pick)]
+                for matrices in (success, returns)
+            )
+        paired = bool(shared)
         rows.append(
             [
                 other.name,
                 estimator.text(mean_difference, *success, paired=paired),
                 estimator.text(probability_of_improvement, *success, paired=paired),
                 estimator.text(mean_difference, *returns, scale=1, paired=paired),
-                "; ".join(by_seed),
+                differences(shared, success, returns),
             ]
         )
     return table(header, rows)
 
 
-def differences(first: np.ndarray, other: np.ndarray, scale: float) -> str:
-    """Mean differences over tasks of matrices ``[seeds, tasks]``, of each seed."""
-    return ", ".join(f"{scale * x:.1f}" for x in (first - other).mean(axis=1))
+def differences(seeds: list[int], success, returns) -> str:
+    """Mean differences over tasks of two matrices ``[seeds, tasks]`` each, for each seed."""
+    if not seeds:
+        return "-"
+    columns = (
+        [f"{scale * x:.1f}" for x in (first - other).mean(axis=1)]
+        for (first, other), scale in ((success, 100), (returns, 1))
+    )
+    return f"{', '.join(map(str, seeds))}: " + "; ".join(map(", ".join, columns))
 
 
 def comparison_tables(

@@ -64,16 +64,18 @@ class Mixture:
 
 
 class Problem(Protocol):
-    """A data-collecting policy to be evaluated, with one-hot states and actions -1 or 1."""
+    """A data-collecting policy to be evaluated, whose laws of the return are known."""
 
     gamma: float
-    num_states: int
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """States ``[Q, obs]`` and actions ``[Q, act]``."""
 
     def law(self) -> Mixture:
-        """Exact laws of the return of all pairs, state by state, action -1 before 1."""
+        """Laws of the return of these pairs."""
 
     def sample(self, *batch: int) -> TensorDict:
-        """Transitions with the data's own next action."""
+        """Transitions, or windows, with the data's own next action."""
 
 
 def encode(state: Tensor, right: Tensor, num_states: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +85,7 @@ def encode(state: Tensor, right: Tensor, num_states: int) -> tuple[Tensor, Tenso
 
 
 def all_pairs(num_states: int) -> tuple[Tensor, Tensor]:
-    """Observations and actions of all pairs, in the order of :meth:`Problem.law`."""
+    """Observations and actions of all pairs, state by state, action -1 before 1."""
     state = torch.arange(num_states).repeat_interleave(2)
     return encode(state, torch.arange(2).repeat(num_states), num_states)
 
@@ -116,6 +118,9 @@ class Chain:
 
     def __init__(self, num_states: int = 10, gamma: float = 0.95, right: float = 0.6) -> None:
         self.num_states, self.gamma, self.right = num_states, gamma, right
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        return all_pairs(self.num_states)
 
     def law(self, horizon: int = 400) -> Mixture:
         """A walk of T steps returns ``-(1 - gamma^T) / (1 - gamma)``."""
@@ -157,6 +162,9 @@ class Fork:
         self.noise = 0.3
         self.odds = torch.tensor([0.2, 0.8])
 
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        return all_pairs(self.num_states)
+
     def law(self) -> Mixture:
         """One component for each sequence of later actions and each outcome."""
         rows = [
@@ -196,22 +204,21 @@ class Fork:
 PROBLEMS = {"chain": Chain, "fork": Fork}
 
 
-class ExactReturns:
-    """A problem whose laws are known: errors of a learnt law are exact.
+class KnownLaws:
+    """Errors of learnt laws of a problem whose laws are known.
 
     Args:
-        name (str): ``"chain"`` or ``"fork"``.
+        problem (Problem): what is evaluated.
         temperatures (list of float): of Q*, times the spread of returns.
     """
 
-    def __init__(self, name: str, temperatures: list[float]) -> None:
-        problem = PROBLEMS[name]()
+    def __init__(self, problem: Problem, temperatures: list[float]) -> None:
         law = problem.law()
         means = law.q_star(math.inf)
         variance = law.deviation().square().mean() + means.var(correction=0)
         self.gamma, self.sample = problem.gamma, problem.sample
         self.loc, self.scale = means.mean().item(), variance.sqrt().item()
-        self.observation, self.action = all_pairs(problem.num_states)
+        self.observation, self.action = problem.pairs()
         self.returns = law.quantiles(NUM_QUANTILES)
         self.q_star = {t: law.q_star(t * self.scale) for t in (math.inf, *temperatures)}
 
@@ -228,6 +235,11 @@ class ExactReturns:
             error = (q_star(temperature * self.scale) - exact).abs().mean(-1)
             errors[name] = error / self.scale
         return errors
+
+
+def sample_windows(replay: OGBenchExperienceReplay, *batch: int) -> TensorDict:
+    """Windows of a data set, of any batch shape."""
+    return replay[torch.randint(len(replay), (math.prod(batch),))].reshape(batch)
 
 
 def rows_of_known_return(episode: Tensor, gamma: float, weight: float = 0.1) -> Tensor:
@@ -249,7 +261,7 @@ def rows_of_known_return(episode: Tensor, gamma: float, weight: float = 0.1) -> 
     return rows
 
 
-class MonteCarloReturns:
+class HeldOutReturns:
     """An OGBench task: one return of the data for each of many held-out pairs.
 
     The law behind them is not known. The continuous ranked probability score
@@ -278,8 +290,7 @@ class MonteCarloReturns:
 
     def sample(self, *batch: int) -> TensorDict:
         """Windows of the training data."""
-        index = torch.randint(len(self.replay), (math.prod(batch),))
-        return self.replay[index].reshape(batch)
+        return sample_windows(self.replay, *batch)
 
     def errors(self, quantiles: Tensor, q_star: Callable[[float], Tensor]) -> dict[str, Tensor]:
         """Score (in spreads of returns) and distance of ranks from uniform, ``[S]`` each."""

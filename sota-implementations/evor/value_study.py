@@ -5,10 +5,10 @@
 """What TD targets and critics learn of the return, against exact laws or held-out returns.
 
 Rows hold, for each seed and measurement, means over states and actions. Where
-laws are known, in units of the spread of returns: the Wasserstein-1 distance
-of the law, the error of its mean and the errors of Q* at several temperatures.
-On OGBench tasks: the continuous ranked probability score against returns of
-held-out data, and how far their ranks are from uniform.
+laws are known, by a formula or by simulation, in units of the spread of returns:
+the Wasserstein-1 distance of the law, the error of its mean and the errors of Q*
+at several temperatures. On data of OGBench: the continuous ranked probability
+score against returns of held-out data, and how far their ranks are from uniform.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ import torch
 import utils
 from hydra.core.hydra_config import HydraConfig
 from matplotlib import pyplot as plt
+from maze_walk import MazeWalk
 from omegaconf import DictConfig
 from report import Estimator, table
 from torch import Tensor
 from torchrl.objectives import SoftUpdate
 from tqdm import tqdm
-from value_problems import NUM_QUANTILES, PROBLEMS, ExactReturns, MonteCarloReturns
+from value_problems import NUM_QUANTILES, PROBLEMS, HeldOutReturns, KnownLaws
 
 from torchrl_evor import (
     Critic,
@@ -47,14 +48,16 @@ from torchrl_evor.modules.functional import TD_TARGETS, check_choice
 from torchrl_evor.record import mean
 
 LABELS = ("problem", "method", "updates", "seconds", "seed")
-Truth = ExactReturns | MonteCarloReturns
+Truth = KnownLaws | HeldOutReturns
 
 
 def make_truth(cfg: DictConfig, name: str) -> Truth:
-    """A problem by its name: ``"chain"``, ``"fork"``, or a single-task dataset of OGBench."""
+    """By name: ``"chain"``, ``"fork"``, ``"maze"``, or a single-task dataset of OGBench."""
     if name in PROBLEMS:
-        return ExactReturns(name, cfg.temperatures)
-    return MonteCarloReturns(name, **cfg.ogbench)
+        return KnownLaws(PROBLEMS[name](), cfg.temperatures)
+    if name == "maze":
+        return KnownLaws(MazeWalk(**cfg.maze), cfg.temperatures)
+    return HeldOutReturns(name, **cfg.ogbench)
 
 
 def make_model(cfg: DictConfig, truth: Truth, method: str):
