@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +184,8 @@ class TestMazeWalk:
         again = maze_walk.MazeWalk(tmp_path, **options)
         assert torch.equal(again.law().means, law.means)
         assert (folder / "returns.npz").stat().st_mtime_ns == changed
+        truth = value_problems.KnownLaws(problem, [1.0])
+        assert truth.observation is observation and truth.replay is problem.replay
         maze_walk.MazeWalk(tmp_path, **{**options, "noise": 0.5})
         assert len(list(tmp_path.iterdir())) == 2
 
@@ -255,6 +258,28 @@ def test_summary_by_hand():
         "| bellman | 0.500 (1 seed) | 2 |",
         "",
     ]
+
+
+@pytest.mark.skipif(not _has_hydra, reason="needs hydra")
+def test_spread_of_observations():
+    """A network whose inputs are 4 and 6 on average, with deviations 1 and 2, at spread 2."""
+    import value_study
+    from omegaconf import OmegaConf
+
+    torch.manual_seed(0)
+    network = value_study.StackedVelocityMLP(1, 3, hidden_sizes=(4,))
+    inputs = torch.tensor([[[1.0, -2.0, 0.5]]])
+    before = network(inputs)
+    units = SimpleNamespace(
+        observation_statistics=lambda: (torch.tensor([4.0, 6.0]), torch.tensor([1.0, 2.0]))
+    )
+    cfg = OmegaConf.create({"observation_spread": 2.0})
+    truth = SimpleNamespace(replay=units)
+    assert value_study.standardize(network, cfg, truth) is network
+    moved = torch.tensor([[[4.0 + 0.5, 6.0 - 2.0, 0.5]]])
+    torch.testing.assert_close(network(moved), before)
+    with pytest.raises(ValueError, match="observation_spread=2.0 needs measured observations"):
+        value_study.standardize(network, cfg, SimpleNamespace(replay=None))
 
 
 @pytest.mark.slow

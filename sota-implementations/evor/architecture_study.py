@@ -55,6 +55,7 @@ def make_model(cfg: DictConfig, truth: value_study.Truth, method: str) -> Return
         hidden_sizes=cfg.hidden_sizes,
         layer_norm=cfg.layer_norm,
     )
+    network = value_study.standardize(network, cfg, truth)
     if any(module is not None for module in embeddings.values()):
         network = EmbeddedVelocity(network, **embeddings)
     return ReturnFlow(network, cfg.num_steps, loc=truth.loc, scale=truth.scale)

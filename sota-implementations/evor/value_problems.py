@@ -217,6 +217,7 @@ class KnownLaws:
         means = law.q_star(math.inf)
         variance = law.deviation().square().mean() + means.var(correction=0)
         self.gamma, self.sample = problem.gamma, problem.sample
+        self.replay = getattr(problem, "replay", None)
         self.loc, self.scale = means.mean().item(), variance.sqrt().item()
         self.observation, self.action = problem.pairs()
         self.returns = law.quantiles(NUM_QUANTILES)

@@ -60,6 +60,18 @@ def make_truth(cfg: DictConfig, name: str) -> Truth:
     return HeldOutReturns(name, **cfg.ogbench)
 
 
+def standardize(network: StackedVelocityMLP, cfg: DictConfig, truth: Truth) -> StackedVelocityMLP:
+    """Lets a network see observations with the spread that is asked for."""
+    if cfg.observation_spread is None:
+        return network
+    if truth.replay is None:
+        raise ValueError(
+            f"observation_spread={cfg.observation_spread} needs measured observations, got a "
+            f"problem of numbered states."
+        )
+    return network.standardize_inputs_(*utils.input_units(cfg.observation_spread, truth.replay))
+
+
 def make_model(cfg: DictConfig, truth: Truth, method: str):
     """The model of the return for all seeds, in normalised units."""
     units = {"loc": truth.loc, "scale": truth.scale}
@@ -68,13 +80,14 @@ def make_model(cfg: DictConfig, truth: Truth, method: str):
     inputs = truth.observation.shape[-1] + truth.action.shape[-1]
 
     def stack(in_features: int, out_features: int = 1) -> StackedVelocityMLP:
-        return StackedVelocityMLP(
+        network = StackedVelocityMLP(
             cfg.num_seeds,
             in_features,
             out_features,
             hidden_sizes=cfg.hidden_sizes,
             layer_norm=cfg.layer_norm,
         )
+        return standardize(network, cfg, truth)
 
     if method in TD_TARGETS:
         return ReturnFlow(stack(inputs + 2), cfg.num_steps, **units)
