@@ -129,31 +129,43 @@ class TestMazeWalk:
         return maze_walk.Walker(noise, seed)
 
     def test_ways_by_hand(self):
-        """The goal is in the cell (6, 6), a way of 13 steps from (1, 1), which is the dead end."""
+        """Entrances are the cells (4, 6) and (5, 1), the goal is (7, 10), and (1, 7) is shut in."""
         walker = self.walker()
-        assert walker.maze.xy_to_ij(walker.maze.cur_goal_xy) == (6, 6)
-        centre = {cell: walker.maze.ij_to_xy(cell) for cell in walker.cells}
-        assert walker.subgoals[6, 6].tolist() == list(centre[6, 6])
-        assert walker.subgoals[5, 6].tolist() == list(centre[6, 6])
-        assert walker.subgoals[1, 1].tolist() == list(centre[1, 1])
-        assert walker.subgoals[2, 1].tolist() == list(centre[1, 1])
-        # As far from both, or all but: no way is taken.
-        assert not {(1, 5), (1, 6), (2, 4), (2, 5), (2, 6), (6, 2)} & set(walker.subgoals)
+        centre = {cell: list(walker.maze.ij_to_xy(cell)) for cell in walker.cells}
+        ways = {(6, 10): (7, 10), (4, 10): (5, 10), (6, 1): (5, 1), (3, 7): (3, 6), (3, 6): (4, 6)}
+        for cell, subgoal in ways.items():
+            assert walker.subgoals[cell].tolist() == centre[subgoal], cell
+        assert set(centre) - set(walker.subgoals) == {(1, 7)}
 
     def test_returns_by_hand(self):
         walker = self.walker(noise=0.0)
-        goal = walker.maze.cur_goal_xy
+        goal = np.array(walker.maze.cur_goal_xy)
         gamma = 0.9
         # OGBench judges the state before a step: at the goal nothing is paid, and it is over.
         assert walker.discounted_return(goal, np.zeros(2), gamma) == 0.0
         # From 4.1 below it 0.2 each time, to within a distance of 1: 16 steps that cost 1.
-        below = np.array(goal) - np.array([0.0, 4.1])
+        below = goal - np.array([0.0, 4.1])
         expected = -(1 - gamma**16) / (1 - gamma)
         found = walker.discounted_return(below, np.array([0.0, 1.0]), gamma)
         assert found == pytest.approx(expected, rel=1e-6)
-        # In the dead end for ever.
-        end = walker.maze.ij_to_xy((1, 1))
-        assert walker.discounted_return(end, np.zeros(2), gamma) == pytest.approx(-10.0)
+        # Shut in for ever.
+        cell = walker.maze.ij_to_xy((1, 7))
+        assert walker.discounted_return(cell, np.zeros(2), gamma) == pytest.approx(-10.0)
+
+    def test_a_jump_decides(self):
+        """At an entrance: never there, or as many steps as from the exit beside the goal."""
+        walker, gamma = self.walker(noise=0.0, seed=2), 0.98
+        entrance = np.array(walker.maze.ij_to_xy((5, 1)))
+        exits = {
+            cell: walker.discounted_return(np.array(walker.maze.ij_to_xy(cell)), np.zeros(2), gamma)
+            for cell in ((6, 10), (1, 7))
+        }
+        found = [walker.discounted_return(entrance, np.zeros(2), gamma) for _ in range(40)]
+        # The step into the exit costs 1, a step of no action at the exit as much.
+        once = sum(abs(x - exits[6, 10]) < 0.02 * 50 for x in found)
+        never = sum(abs(x + 50.0) < 0.3 for x in found)
+        # A third each, and what comes back jumps again.
+        assert 5 < once < 30 and 5 < never < 33
 
     def test_walks_have_ogbenchs_format_and_repeat(self):
         first, again = self.walker(seed=3), self.walker(seed=3)
@@ -214,8 +226,8 @@ class TestMazeWalk:
         walker, gamma, scores = self.walker(noise=1.0, seed=1), 0.98, []
         while len(scores) < 16:
             episode = walker.episode(300)
-            # From the corner of the goal, where all arrive; chosen by their start alone.
-            if episode["observations"][0].min() < 14:
+            # From the side of the goal, where all arrive; chosen by their start alone.
+            if episode["observations"][0][0] < 35 or episode["observations"][0][1] < 4:
                 continue
             steps = len(episode["terminals"]) - 2
             start = episode["observations"][0], episode["actions"][0]

@@ -22,8 +22,11 @@ from torchrl_evor import OGBenchExperienceReplay
 from torchrl_evor.envs import OGBenchSimulator
 from torchrl_evor.modules.functional import check_positive
 
-TASK = "pointmaze-medium-navigate-singletask-task1-v0"
-FILES = {"train": "pointmaze-medium-navigate-v0.npz", "val": "pointmaze-medium-navigate-v0-val.npz"}
+TASK = "pointmaze-teleport-navigate-singletask-task2-v0"
+FILES = {
+    split: f"pointmaze-teleport-navigate-v0{end}.npz"
+    for split, end in (("train", ""), ("val", "-val"))
+}
 # Of the data, for walks that no training sees.
 OTHER_WALKS = 0.1
 # A simulated return is cut off where what follows weighs less than this.
@@ -31,11 +34,12 @@ TAIL = 0.005
 
 
 class Walker:
-    """Walks through pointmaze-medium by position alone: to the goal of task 1, or into a dead end.
+    """Walks by position alone through pointmaze-teleport, to the goal of task 2 or a teleporter.
 
-    In each cell it heads for the nearer of the two along the shortest path, and in cells about as
-    far from both nowhere; its actions are unit vectors with Gaussian noise on them, clipped. Who
-    reaches the goal's side arrives sooner or later, others never do.
+    In each cell it heads for the nearest of them along the shortest path; its actions are unit
+    vectors with Gaussian noise on them, clipped. A teleporter leads to one of three places, by
+    chance: beside the goal, back to where the next one is near, or into a cell without a way out.
+    So a return is that of one jump, of several, or of none that ever arrives.
 
     Args:
         noise (float): standard deviation of the noise of each action.
@@ -43,35 +47,37 @@ class Walker:
     """
 
     def __init__(self, noise: float, seed: int) -> None:
-        simulator = OGBenchSimulator(TASK)
-        simulator.reset(seed)
-        # Without the time limit: walks end at the goal, or where the caller stops.
-        self.maze = simulator.unwrapped
+        self.simulator = OGBenchSimulator(TASK)
+        self.simulator.reset(seed)
+        self.maze = self.simulator.unwrapped
         self.noise, self.generator = noise, np.random.default_rng(seed)
         self.cells = [tuple(cell) for cell in np.argwhere(self.maze.maze_map == 0)]
         self.subgoals = self._subgoals()
 
     def _subgoals(self) -> dict[tuple[int, int], np.ndarray]:
-        """Where to head for in each cell that has a direction."""
-        maze, goal = self.maze, self.maze.cur_goal_xy
-        to_goal = maze.get_oracle_subgoal(goal, goal)[1]
-        end = maze.ij_to_xy(max(self.cells, key=lambda cell: to_goal[cell]))
-        to_end = maze.get_oracle_subgoal(end, end)[1]
+        """Centre of the cell to head for, from each cell with a way to one of them."""
+        maze = self.maze
+        ends = [maze.cur_goal_xy, *maze._teleport_info["teleport_in_xys"]]
+        steps = [maze.get_oracle_subgoal(end, end)[1] for end in ends]
         subgoals = {}
         for cell in self.cells:
-            lead = to_end[cell] - to_goal[cell]
-            if abs(lead) > 1:
-                target = goal if lead > 0 else end
-                subgoals[cell], _ = maze.get_oracle_subgoal(maze.ij_to_xy(cell), target)
+            ways = [(count[cell], end) for count, end in zip(steps, ends) if count[cell] >= 0]
+            if ways:
+                _, nearest = min(ways, key=lambda way: way[0])
+                subgoals[cell], _ = maze.get_oracle_subgoal(maze.ij_to_xy(cell), nearest)
         return subgoals
+
+    @property
+    def _way(self) -> np.ndarray | None:
+        """From here to the next cell's centre; None where no way leads out."""
+        position = self.maze.get_xy()
+        subgoal = self.subgoals.get(self.maze.xy_to_ij(position))
+        return None if subgoal is None else subgoal - position
 
     def act(self) -> np.ndarray:
         """An action ``[2]`` at the present position."""
-        action = self.generator.normal(0, self.noise, 2)
-        position = self.maze.get_xy()
-        subgoal = self.subgoals.get(self.maze.xy_to_ij(position))
-        if subgoal is not None:
-            way = subgoal - position
+        action, way = self.generator.normal(0, self.noise, 2), self._way
+        if way is not None:
             action += way / (np.linalg.norm(way) + 1e-6)
         return action.clip(-1, 1)
 
@@ -81,7 +87,7 @@ class Walker:
         self.maze.set_xy(start + self.generator.uniform(-1, 1, 2))
         rows, terminated = [(self.maze.get_xy(), self.act())], False
         while len(rows) <= length and not terminated:
-            terminated = self.maze.step(rows[-1][1])[2]
+            _, _, terminated, *_ = self.simulator.step(rows[-1][1])
             rows.append((self.maze.get_xy(), self.act()))
         position, action = (np.array(column, dtype=np.float32) for column in zip(*rows))
         terminals = np.zeros(len(rows), dtype=bool)
@@ -98,14 +104,14 @@ class Walker:
         """Of one walk from ``position`` that begins with ``action``."""
         self.maze.set_xy(position)
         total, discount = 0.0, 1.0
-        while discount > TAIL:
-            _, reward, terminated, *_ = self.maze.step(action)
+        while discount > TAIL and self._way is not None:
+            _, reward, terminated, *_ = self.simulator.step(action)
             total += discount * reward
             discount *= gamma
             if terminated:
                 return total
             action = self.act()
-        # Who has not arrived by then hardly ever does.
+        # Shut in, the walker never arrives; otherwise what follows weighs hardly anything.
         return total - discount / (1 - gamma)
 
 
