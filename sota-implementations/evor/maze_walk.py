@@ -24,8 +24,8 @@ from torchrl_evor.modules.functional import check_positive
 
 TASK = "pointmaze-teleport-navigate-singletask-task2-v0"
 FILES = {
-    split: f"pointmaze-teleport-navigate-v0{end}.npz"
-    for split, end in (("train", ""), ("val", "-val"))
+    "train": "pointmaze-teleport-navigate-v0.npz",
+    "val": "pointmaze-teleport-navigate-v0-val.npz",
 }
 # Of the data, for walks that no training sees.
 OTHER_WALKS = 0.1
