@@ -273,6 +273,16 @@ def test_summary_by_hand():
 
 
 @pytest.mark.skipif(not _has_hydra, reason="needs hydra")
+def test_rows_are_written_in_lines(tmp_path):
+    """One line for each, ended as everywhere else in the repository; later columns stay empty."""
+    import value_study
+
+    value_study.write([{"a": 1, "b": "x, y"}, {"a": 2, "c": 0.5}], tmp_path / "rows.csv")
+    assert (tmp_path / "rows.csv").read_bytes() == b'a,b,c\n1,"x, y",\n2,,0.5\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+@pytest.mark.skipif(not _has_hydra, reason="needs hydra")
 def test_spread_of_observations():
     """A network whose inputs are 4 and 6 on average, with deviations 1 and 2, at spread 2."""
     import value_study

@@ -166,8 +166,9 @@ def study(
 def write(rows: list[dict], path: Path) -> None:
     """All rows so far; what was there before stays whole until it is replaced."""
     partial = path.with_suffix(".part")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(partial, path)
