@@ -23,10 +23,8 @@ from torchrl_evor.envs import OGBenchSimulator
 from torchrl_evor.modules.functional import check_positive
 
 TASK = "pointmaze-teleport-navigate-singletask-task2-v0"
-FILES = {
-    "train": "pointmaze-teleport-navigate-v0.npz",
-    "val": "pointmaze-teleport-navigate-v0-val.npz",
-}
+# The name by which OGBench's format knows data of this task.
+DATA = "pointmaze-teleport-navigate-v0.npz"
 # Of the data, for walks that no training sees.
 OTHER_WALKS = 0.1
 # A simulated return is cut off where what follows weighs less than this.
@@ -188,30 +186,29 @@ class MazeWalk:
 
 
 def _make(folder: Path, noise, gamma, num_transitions, episode_length, num_pairs, num_rollouts):
-    """Walks to learn from, others, and returns from some places of these."""
-    _collect(folder / FILES["train"], Walker(noise, 0), num_transitions, episode_length)
+    """Walks to learn from, and returns from some places of others."""
+    np.savez(folder / DATA, **_collect(Walker(noise, 0), num_transitions, episode_length))
     others = Walker(noise, 1)
     num_others = max(num_pairs, round(OTHER_WALKS * num_transitions))
-    _collect(folder / FILES["val"], others, num_others, episode_length)
-    _simulate(folder, others, gamma, num_pairs, num_rollouts)
+    walks = _collect(others, num_others, episode_length)
+    np.savez(folder / "returns.npz", **_simulate(others, walks, gamma, num_pairs, num_rollouts))
 
 
-def _collect(path: Path, walker: Walker, num_transitions: int, episode_length: int) -> None:
+def _collect(walker: Walker, num_transitions: int, episode_length: int) -> dict[str, np.ndarray]:
     episodes, count = [], 0
-    with tqdm(total=num_transitions, desc=f"walks for {path.name}", unit="step") as bar:
+    with tqdm(total=num_transitions, desc="walks", unit="step") as bar:
         while count < num_transitions:
             episodes.append(walker.episode(episode_length))
             steps = len(episodes[-1]["terminals"]) - 1
             count += steps
             bar.update(steps)
-    np.savez(path, **{key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]})
+    return {key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]}
 
 
-def _simulate(folder: Path, walker: Walker, gamma, num_pairs, num_rollouts) -> None:
-    with np.load(folder / FILES["val"]) as file:
-        rows = np.flatnonzero(~file["terminals"])
-        rows = rows[np.linspace(0, len(rows) - 1, num_pairs).astype(int)]
-        observation, action = file["observations"][rows], file["actions"][rows]
+def _simulate(walker: Walker, walks, gamma, num_pairs, num_rollouts) -> dict[str, np.ndarray]:
+    rows = np.flatnonzero(~walks["terminals"])
+    rows = rows[np.linspace(0, len(rows) - 1, num_pairs).astype(int)]
+    observation, action = walks["observations"][rows], walks["actions"][rows]
     returns = np.empty((num_pairs, num_rollouts))
     with tqdm(total=returns.size, desc="simulated returns", unit="walk") as bar:
         for pair in range(num_pairs):
@@ -219,4 +216,4 @@ def _simulate(folder: Path, walker: Walker, gamma, num_pairs, num_rollouts) -> N
                 start = observation[pair], action[pair]
                 returns[pair, rollout] = walker.discounted_return(*start, gamma)
                 bar.update()
-    np.savez(folder / "returns.npz", observation=observation, action=action, returns=returns)
+    return {"observation": observation, "action": action, "returns": returns}

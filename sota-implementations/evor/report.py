@@ -303,14 +303,8 @@ def comparison_table(
             continue
         # Runs of one seed share data, and in one program the base policy.
         shared = sorted(set(first.seeds or ()) & set(other.seeds or ()))
-        success, returns = (first.scores, other.scores), (first.returns, other.returns)
-        if shared:
-            pick = [[method.seeds.index(seed) for seed in shared] for method in (first, other)]
-            success, returns = (
-                [matrix[index] for matrix, index in zip(matrices, pick)]
-                for matrices in (success, returns)
-            )
         paired = bool(shared)
+        success, returns = zip(of_seeds(first, shared), of_seeds(other, shared))
         rows.append(
             [
                 other.name,
@@ -321,6 +315,12 @@ def comparison_table(
             ]
         )
     return table(header, rows)
+
+
+def of_seeds(method: Method | Pooled, seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Success and returns of some seeds, in their order; of all if none are named."""
+    index = [method.seeds.index(seed) for seed in seeds] if seeds else slice(None)
+    return method.scores[index], method.returns[index]
 
 
 def differences(seeds: list[int], success, returns) -> str:

@@ -17,7 +17,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -283,10 +283,15 @@ def _parse(path: str | Path, line: int, record: dict) -> ResultRow:
 
 
 def _write(path: Path, rows: list[ResultRow]) -> None:
+    write_csv(path, COLUMNS, [dataclasses.asdict(row) for row in rows])
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    """Writes rows, one to a line; what a row does not hold stays empty."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in rows)
+    writer.writerows(rows)
     write_text(path, text.getvalue())
 
 

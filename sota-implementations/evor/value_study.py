@@ -2,7 +2,7 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""What TD targets and critics learn of the return, against exact laws or held-out returns.
+"""What TD targets and critics learn of the return, against known laws or held-out returns.
 
 Rows hold, for each seed and measurement, means over states and actions. Where
 laws are known, by a formula or by simulation, in units of the spread of returns:
@@ -13,9 +13,7 @@ score against returns of held-out data, and how far their ranks are from uniform
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 import time
 from pathlib import Path
 
@@ -23,6 +21,7 @@ import baselines
 import figures
 import hydra
 import numpy as np
+import results_io
 import torch
 import utils
 from hydra.core.hydra_config import HydraConfig
@@ -165,13 +164,7 @@ def study(
 
 def write(rows: list[dict], path: Path) -> None:
     """All rows so far; what was there before stays whole until it is replaced."""
-    partial = path.with_suffix(".part")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    results_io.write_csv(path, list(dict.fromkeys(key for row in rows for key in row)), rows)
 
 
 def measures(rows: list[dict]) -> list[str]:
