@@ -135,8 +135,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     figure.tight_layout()
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figures.legend_beside(figure, axes[0, 0])
     figures.save(figure, path, dpi=130, bbox_inches="tight")
 
 

@@ -25,6 +25,12 @@ LABELS = {"loss_actor": "policy", "loss_value": "value"}
 LEARNT, EMPIRICAL, PATH = "#c1440e", "#2b5c8a", "#c1440e"
 
 
+def legend_beside(figure, axis) -> None:
+    """The legend of one panel to the right of all, where it hides no curve."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def save(figure, path: Path, **options) -> None:
     """Writes a PNG whole or not at all, and closes the figure."""
     partial = path.with_name(f".{path.name}")

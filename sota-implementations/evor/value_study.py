@@ -218,9 +218,9 @@ def plot(rows: list[dict], path: Path, against: str = "updates") -> None:
         axis.set(xlabel=against, yscale="log")
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    axes[0, 0].legend(fontsize=6)
     figure.tight_layout()
-    figures.save(figure, path, dpi=130)
+    figures.legend_beside(figure, axes[0, 0])
+    figures.save(figure, path, dpi=130, bbox_inches="tight")
 
 
 @hydra.main(config_path=".", config_name="value_study", version_base="1.3")
