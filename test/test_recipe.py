@@ -859,6 +859,37 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
         program(f"policies={tmp_path}", "lr=0.5")
 
 
+def test_many_sizes_of_values(root, short_run, tmp_path):
+    """Value networks of their own size, over kept base policies too; rows and files say so."""
+    import agents
+    from hydra import compose, initialize_config_dir
+    from many import Program
+
+    options = [f"data.root={root / 'data'}", *SMALL_MANY, "tasks=[1]", "n_steps=[5]"]
+    options += ["methods=[evor,scalar,bc]", "value_hidden_sizes=[8,4,2]"]
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        cfg = compose("many", overrides=options)
+        plain = compose("many", overrides=options[:-1])
+    assert plain.value_hidden_sizes == plain.hidden_sizes == [16, 16]
+    program = Program(cfg, TASK, 0.99, torch.device("cpu"))
+    program.update()
+    hidden = {"evor": "8x4x2", "scalar": "8x4x2", "bc": "16x16"}
+    for method in cfg.methods:
+        ((setting, agent),) = program.agents(method)
+        for member in agent.value:
+            layers = [layer for layer in member.net if isinstance(layer, torch.nn.Linear)]
+            assert [layer.out_features for layer in layers] == [8, 4, 2, 1]
+        path = agents.save(tmp_path, TASK, method, setting, agent, program, 60.0)
+        choice = {} if method == "bc" else {"num_candidates": 2, "num_samples": 2}
+        outcome = agents.evaluate_file(path, "cpu", 1, 1, 0, choice)
+        assert outcome["hidden"] == hidden[method]
+    # Files of before the option: one size for both.
+    content = torch.load(path)
+    del content["value_hidden_sizes"]
+    torch.save(content, path)
+    assert agents.read(path)["value_hidden_sizes"] == [16, 16]
+
+
 @pytest.mark.slow
 def test_many_in_chunks(root):
     """The whole way to a row and to an agent that studies open."""

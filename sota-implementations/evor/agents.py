@@ -49,7 +49,7 @@ REQUIRED = (
 )
 # Options of many.yaml that an agent file holds under the same name.
 BUILT_WITH = (
-    *("chunk_size", "hidden_sizes", "activation", "layer_norm"),
+    *("chunk_size", "hidden_sizes", "value_hidden_sizes", "activation", "layer_norm"),
     *("policy_steps", "value_steps", "value_solver", "num_atoms"),
 )
 
@@ -80,6 +80,7 @@ def save(
         "num_updates": program.num_updates,
         "num_transitions": len(program.windows[method].observation),
         "hidden_sizes": list(program.cfg.hidden_sizes),
+        "value_hidden_sizes": list(program.cfg.value_hidden_sizes),
         "activation": program.cfg.activation,
         "layer_norm": program.cfg.layer_norm,
         "policy_steps": program.cfg.policy_steps,
@@ -125,7 +126,7 @@ def read(path: Path) -> dict:
     missing = [key for key in REQUIRED if key not in content]
     if missing:
         raise ValueError(f"{expected}, with entries {missing}, got none of them.")
-    return {**YOUNGER, **content}
+    return {**YOUNGER, "value_hidden_sizes": content["hidden_sizes"], **content}
 
 
 def find(cfg: DictConfig) -> dict[Path, str]:
@@ -193,8 +194,11 @@ def build(content: dict, device: torch.device | str = "cpu", **actor_options):
         device (torch.device): where the networks go.
         **actor_options: options of :class:`EVORActor`.
     """
-    policy = _network(content, content["policy"], layer_norm=False)
-    members = [_network(content, state, content["layer_norm"]) for state in content["value"]]
+    policy = _policy_network(content)
+    members = [
+        _network(content, state, content["value_hidden_sizes"], content["layer_norm"])
+        for state in content["value"]
+    ]
     action_dim = policy.net[-1].out_features
     policy = FlowMatchingPolicy(policy, action_dim, content["policy_steps"])
     if content["method"] == "bc":
@@ -243,8 +247,7 @@ def load_policy(
                 f"{key}={value} must be that of the base policy in policies: "
                 f"{paths[0]} was trained with {theirs[key]}."
             )
-    policy = _network(content, content["policy"], layer_norm=False)
-    return policy, content["policy_updates"] or content["num_updates"]
+    return _policy_network(content), content["policy_updates"] or content["num_updates"]
 
 
 def sizes(state: dict) -> tuple[int, int]:
@@ -253,10 +256,14 @@ def sizes(state: dict) -> tuple[int, int]:
     return weights[0].shape[1], weights[-1].shape[0]
 
 
-def _network(content: dict, state: dict, layer_norm: bool) -> VelocityMLP:
+def _policy_network(content: dict) -> VelocityMLP:
+    return _network(content, content["policy"], content["hidden_sizes"])
+
+
+def _network(content: dict, state: dict, hidden_sizes, layer_norm: bool = False) -> VelocityMLP:
     network = VelocityMLP(
         *sizes(state),
-        hidden_sizes=content["hidden_sizes"],
+        hidden_sizes=hidden_sizes,
         activation=content["activation"],
         layer_norm=layer_norm,
         device="meta",
@@ -284,8 +291,10 @@ def evaluate_file(
             chunk_size=content["chunk_size"],
             device=device,
         )
+    hidden_sizes = content["value_hidden_sizes"]
     if content["method"] == "bc":
-        options = {}  # none of the actor's play a part
+        # Nothing of values and of the choice plays a part.
+        options, hidden_sizes = {}, content["hidden_sizes"]
     states = (content["policy"], *content["value"])
     parameters = sum(value.numel() for state in states for value in state.values())
     kept = (
@@ -295,7 +304,7 @@ def evaluate_file(
     return {
         **{key: content[key] for key in kept},
         "method": label(content),
-        "hidden": "x".join(map(str, content["hidden_sizes"])),
+        "hidden": "x".join(map(str, hidden_sizes)),
         **options,
         **utils.episode_columns(outcome),
         "parameters": parameters,

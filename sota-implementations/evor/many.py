@@ -214,8 +214,13 @@ class Program:
     def _make_policy(self) -> FlowMatchingPolicy:
         """One base policy for each seed, shared by all methods and tasks."""
         if self.cfg.policies is None:
-            features = self.observation_dim + self.action_dim + 1
-            network = self._stack(self._first_windows.num_seeds, features, self.action_dim)
+            network = StackedVelocityMLP(
+                self._first_windows.num_seeds,
+                self.observation_dim + self.action_dim + 1,
+                self.action_dim,
+                hidden_sizes=self.cfg.hidden_sizes,
+                activation=self.cfg.activation,
+            )
             network.standardize_inputs_(*self.policy_units)
         else:
             expected = {key: self.cfg[key] for key in ("chunk_size", "hidden_sizes", "activation")}
@@ -235,18 +240,15 @@ class Program:
         policy = FlowMatchingPolicy(network, self.action_dim, self.cfg.policy_steps)
         return policy.to(self.device)
 
-    def _stack(self, num_models: int, in_features: int, out_features: int = 1, layer_norm=False):
-        return StackedVelocityMLP(
+    def _value_stack(self, num_models: int, in_features: int, out_features: int = 1):
+        network = StackedVelocityMLP(
             num_models,
             in_features,
             out_features,
-            hidden_sizes=self.cfg.hidden_sizes,
+            hidden_sizes=self.cfg.value_hidden_sizes,
             activation=self.cfg.activation,
-            layer_norm=layer_norm,
+            layer_norm=self.cfg.layer_norm,
         )
-
-    def _value_stack(self, num_models: int, in_features: int, out_features: int = 1):
-        network = self._stack(num_models, in_features, out_features, self.cfg.layer_norm)
         return network.standardize_inputs_(*self.value_units)
 
     @functools.cached_property
