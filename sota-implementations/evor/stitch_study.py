@@ -85,7 +85,7 @@ def settings(cfg: DictConfig) -> str:
     """What else distinguishes two runs of a variant, in one cell."""
     parts = {
         "chunk_size": cfg.chunk_size,
-        **cfg.actor,
+        **{name: value for name, value in cfg.actor.items() if value is not None},
         "gamma": cfg.loss.gamma,
         "tau": cfg.loss.tau,
         "lr": cfg.optim.lr,
