@@ -10,7 +10,7 @@ there and makes every count of frames a count of gradient updates.
 resumption, for those who need no hooks of their own.
 
 ``python examples/with_trainer.py`` collects an OGBench data set on this
-machine and trains on it; curves go to ``--log-dir`` as csv files.
+machine, trains on it and runs an episode; curves go to ``--log-dir`` as csv files.
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ from __future__ import annotations
 import argparse
 
 import torch
+from torchrl._utils import logger as torchrl_logger
 from torchrl.data import TensorDictReplayBuffer
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
 from torchrl.record.loggers import Logger
 from torchrl.trainers import LRSchedulerHook, TargetNetUpdaterHook, Trainer
 
 from torchrl_evor import (
+    EVORActor,
     EVORLoss,
     FlowMatchingPolicy,
+    OGBenchEnv,
     OGBenchExperienceReplay,
     ReturnFlow,
     VelocityMLP,
@@ -118,6 +122,14 @@ def main() -> None:
     loss = make_loss(data, gamma, data.return_statistics(), data.observation_statistics())
     logger = CSVLogger(exp_name="with_trainer", log_dir=args.log_dir)
     make_trainer(loss, data, args.updates, logger).train()
+    choice = {"num_candidates": 16, "num_samples": 16, "tau_r": 30.0, "tau_q": 1.0}
+    actor = EVORActor(loss.actor_network, loss.value_network, **choice)
+    env = OGBenchEnv(args.dataset)
+    env.set_seed(args.seed)
+    with set_exploration_type(ExplorationType.RANDOM):
+        episode = env.rollout(env.simulator.max_episode_steps, actor)
+    success = bool(episode["next", "success"].any())
+    torchrl_logger.info("One episode: %d steps, success %s.", len(episode), success)
 
 
 if __name__ == "__main__":

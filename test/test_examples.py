@@ -23,7 +23,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record import CSVLogger
 
 import torchrl_evor
-from torchrl_evor import EVORActor, OGBenchEnv
+from torchrl_evor import EVORActor
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -73,15 +73,18 @@ def test_hand_written_loop(data):
 def test_readme(tmp_path, monkeypatch):
     """The loop of the README as it stands there, with less data and fewer updates."""
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    for many, few in (("1_000_000", "4000"), ("range(12_000)", "range(2)")):
+    for many, few in (
+        ("1_000_000", "4000"),
+        ("range(12_000)", "range(2)"),
+        ("rollout(1000", "rollout(3"),
+    ):
         assert code.count(many) == 1
         code = code.replace(many, few)
     monkeypatch.setenv("HOME", str(tmp_path))  # data are collected into a cache of its own
     names = {}
     exec(code, names)
     assert names["losses"]["loss_value"].isfinite()
-    env = OGBenchEnv(names["name"])
-    assert env.rollout(3, names["actor"])["action"].shape == (3, 2)
+    assert names["episode"]["action"].shape == (3, 2)
 
 
 def test_with_trainer(data, tmp_path):
