@@ -333,6 +333,14 @@ class TestRolloutEpisodes:
     def policy(td):
         return td.set("action", td["observation"][:, 1:] / 10)
 
+    @needs_ogbench
+    def test_one_environment(self):
+        env = make_maze(max_episode_steps=5)
+        result = rollout_episodes(env, lambda td: td.set("action", torch.zeros(1, 2)), 2, seed=3)
+        assert result["length"].tolist() == [5, 5]
+        assert len(env.rollout(2)) == 2  # the caller's, and not closed
+        env.close()
+
     @pytest.mark.parametrize("num_envs", [1, 2, 3, 7, 20])
     def test_known_episodes(self, num_envs):
         result = rollout_episodes(Counter, self.policy, 7, seed=10, num_envs=num_envs)

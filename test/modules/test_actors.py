@@ -223,6 +223,29 @@ class TestAnyPolicy:
         torch.testing.assert_close(data["action"][..., 0], best)
         torch.testing.assert_close(data["state_action_value"][..., 0], 2 * best)
 
+    def test_policy_with_memory(self):
+        """The state of which candidate would be kept?"""
+        policy = TensorDictModule(
+            nn.Linear(2, 2), in_keys=["observation"], out_keys=["action", ("next", "state")]
+        )
+        with pytest.raises(ValueError, match="must have no memory, got .*'next', 'state'"):
+            EVORActor(policy, ReturnFlow(ActionIsReturn()))
+
+    def test_keys_as_tensordict_takes_them(self):
+        policy = FlowMatchingPolicy(
+            nn.Linear(5, 2), 2, in_keys=("agent", "state"), out_keys=("agent", "move")
+        )
+        assert (policy.in_keys, policy.out_keys) == ([("agent", "state")], [("agent", "move")])
+        assert FlowMatchingPolicy(nn.Linear(5, 2), 2, in_keys="state").in_keys == ["state"]
+        keys = {"in_keys": ("state", ("agent", ("move",))), "out_keys": "value"}
+        returns = ReturnFlow(nn.Linear(6, 1), **keys)
+        assert returns.in_keys == ["state", ("agent", "move")] and returns.out_keys == ["value"]
+        for keys in ("state", ["state"], ["a", "b", "c"]):
+            with pytest.raises(ValueError, match="in_keys must name an observation and an action"):
+                ReturnFlow(nn.Linear(6, 1), in_keys=keys)
+        with pytest.raises(KeyError, match="agent"):
+            returns(TensorDict(state=torch.zeros(2, 2), batch_size=[2]))
+
     def test_policy_that_writes_no_action(self):
         policy = TensorDictModule(nn.Linear(2, 2), in_keys=["observation"], out_keys=["move"])
         with pytest.raises(ValueError, match="policy must write .*'action'.*move"):

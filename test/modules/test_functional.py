@@ -169,6 +169,19 @@ class TestSoftChoice:
         assert index[0] == 2
         assert torch.equal(index, choose_candidate(values, gumbel, tau))
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_equals_are_drawn_alike_in_16_bits(self, dtype):
+        """Beside returns of -200 the noise would be rounded to ties."""
+        torch.manual_seed(0)
+        index = soft_choice(torch.full((40_000, 4), -200.0, dtype=dtype), 1.0)
+        share = index.bincount(minlength=4) / len(index)
+        torch.testing.assert_close(share, torch.full((4,), 0.25), rtol=0, atol=0.01)
+
+    def test_cold_in_16_bits(self):
+        """-100 / 1e-3 is beyond float16."""
+        values = torch.tensor([-300.0, -300.0, -100.0, -300.0], dtype=torch.float16)
+        assert soft_choice(values, 1e-3) == 2
+
 
 class TestGumbel:
     def test_a_seed_means_the_same_noise_for_any_strides(self):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from copy import deepcopy
 
@@ -24,7 +25,9 @@ from _evor_cases import (
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data.postprocs import MultiStep
+from torchrl.modules import MLP
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
+from torchrl.objectives.value import TD0Estimator, TDLambdaEstimator
 
 from torchrl_evor import (
     EVORLoss,
@@ -151,9 +154,9 @@ class TestKeys:
             for key in ("observation", "reward", "done", "terminated")
         }
         torch.manual_seed(1)
-        actor, value = loss(**kwargs)
-        torch.testing.assert_close(actor, expected["loss_actor"])
-        torch.testing.assert_close(value, expected["loss_value"])
+        for made, key in zip(loss(**kwargs), loss.out_keys, strict=True):
+            torch.testing.assert_close(made, expected[key])
+        assert set(loss.out_keys) == set(expected.keys())
         loss.select_out_keys("loss_value")
         torch.manual_seed(1)
         torch.testing.assert_close(loss(**kwargs), expected["loss_value"])
@@ -339,6 +342,36 @@ class TestTargetNetwork:
         assert seeded_call(loss, batch)["value_target"] > before + 0.1
 
     @pytest.mark.parametrize("delay_value", [True, False])
+    @pytest.mark.parametrize("next_action", ["dataset", "improved"])
+    def test_target_weights_never_reach_the_users_network(
+        self, delay_value, next_action, monkeypatch
+    ):
+        """Neither while the loss is computed, for another thread, nor after an error within."""
+        policy, returns = make_networks()
+        loss = EVORLoss(policy, returns, delay_value=delay_value, next_action=next_action)
+        before = dict(returns.named_parameters())
+        calls = []
+        for name in ("velocity", "select"):
+            method = getattr(ReturnFlow, name)
+
+            def look(self, *args, method=method, **kwargs):
+                calls.append(self is not returns)
+                now = dict(returns.named_parameters())
+                assert now.keys() == before.keys()
+                assert all(now[key] is value for key, value in before.items())
+                return method(self, *args, **kwargs)
+
+            monkeypatch.setattr(ReturnFlow, name, look)
+        loss(make_batch(4))
+        assert any(calls) and not all(calls)  # target and own weights
+        bad = make_batch(4)
+        bad["next", "observation"] = torch.randn(4, OBS + 1)
+        with pytest.raises(RuntimeError):
+            loss(bad)
+        now = dict(returns.named_parameters())
+        assert all(now[key] is value for key, value in before.items())
+
+    @pytest.mark.parametrize("delay_value", [True, False])
     def test_warns_only_without_an_updater(self, delay_value):
         loss = make_loss(delay_value=delay_value, updater=False)
         with warnings.catch_warnings(record=True) as caught:
@@ -367,6 +400,48 @@ class TestEstimator:
     def test_unsupported(self, kind):
         with pytest.raises(NotImplementedError):
             make_loss().make_value_estimator(kind)
+
+    @pytest.mark.parametrize("made", [False, True])
+    def test_estimators_that_read_along_time(self, made):
+        """The rows of a batch are no trajectory."""
+        loss, kwargs = make_loss(), {"gamma": 0.9, "lmbda": 0.9, "value_network": None}
+        kind = TDLambdaEstimator(**kwargs) if made else TDLambdaEstimator
+        with pytest.raises(NotImplementedError, match="must be a TD0Estimator, got TDLambda"):
+            loss.make_value_estimator(kind, **({} if made else {"gamma": 0.9, "lmbda": 0.9}))
+        with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], got 1.7"):
+            loss.make_value_estimator(TD0Estimator(gamma=1.7, value_network=None))
+        loss.make_value_estimator(TD0Estimator(gamma=0.5, value_network=None))
+        batch = make_batch(4)
+        batch["next", "terminated"].zero_()
+        torch.testing.assert_close(loss._backup(batch)[1], torch.full((4, 1), 0.5))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_discount_keeps_its_digits(self, dtype):
+        """In bfloat16 0.999 would be 1."""
+        loss = make_loss(gamma=0.999).to(dtype)
+        assert loss.value_estimator.gamma.item() == pytest.approx(0.999)
+        batch = make_batch(4).apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        batch["steps_to_next_obs"] = torch.full((4, 1), 300)
+        batch["next", "terminated"].zero_()
+        expected = torch.full((4, 1), 0.999**300, dtype=dtype)
+        torch.testing.assert_close(loss._backup(batch)[1], expected)
+        assert loss.double().value_estimator.gamma.item() == pytest.approx(0.999)
+
+    @pytest.mark.parametrize("copied", [deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
+    def test_networks_of_a_copy_are_its_own(self, copied):
+        """They follow what is loaded into the copy, and the copy follows their units."""
+        source, other = make_loss(), make_loss()
+        loss = copied(source)
+        loss.load_state_dict(other.state_dict())
+        for network in ("actor_network", "value_network"):
+            expected = dict(getattr(other, network).named_parameters())
+            for name, value in getattr(loss, network).named_parameters():
+                torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+        loss.value_network.set_normalization(-200.0, 50.0)
+        assert loss.value_network_params["loc"].item() == -200.0
+        assert source.value_network.loc.item() == 0.0
+        total(loss(make_batch(4))).backward()
+        assert all(p.grad is not None for p in loss.value_network.parameters())
 
     def test_state_dict_round_trip(self):
         source, copy = make_loss(gamma=0.7), make_loss(gamma=0.9)
@@ -564,6 +639,14 @@ class TestBadInput:
             EVORLoss(nn.Linear(2, 2), returns)
         with pytest.raises(TypeError, match="value_network must be a ReturnFlow"):
             EVORLoss(policy, nn.Linear(2, 2))
+
+    def test_lazy_value_network(self):
+        policy, _ = make_networks()
+        returns = ReturnFlow(MLP(out_features=1, num_cells=[8]))
+        with pytest.raises(ValueError, match="value_network must have seen data"):
+            EVORLoss(policy, returns)
+        returns(make_batch(2).select("observation", "action"))
+        EVORLoss(policy, returns)(make_batch(2))
 
     def test_options_are_keyword_only(self):
         with pytest.raises(TypeError):

@@ -76,6 +76,8 @@ class TestParity:
             expected = MISSING if default is parameter.empty else default
             if isinstance(expected, tuple):
                 expected = list(expected)
+            elif name in ("in_keys", "out_keys"):  # one key
+                expected = [expected]
             assert fields[name] == expected, name
 
     def test_every_field_is_an_argument(self, config):

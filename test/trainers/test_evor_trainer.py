@@ -255,6 +255,18 @@ class TestBadInput:
         make_trainer(loss, replay_buffer=buffer(n_step=1, gamma=0.99))  # nothing is summed
         make_trainer(loss, replay_buffer=buffer(n_step=5, gamma=0.9))
 
+    def test_discount_of_a_checkpoint(self, tmp_path):
+        """It is part of the loss's state."""
+        path = tmp_path / "checkpoint"
+        make_trainer(make_loss().make_value_estimator(gamma=0.9), checkpoint_path=path).train()
+        ted = Chain().sample(64)
+        ted["episode"] = torch.zeros(64, dtype=torch.int64)
+        windows = WindowStorage(ted, n_step=5, gamma=0.99)
+        loss = make_loss().make_value_estimator(gamma=0.99)
+        buffer = TensorDictReplayBuffer(storage=windows, batch_size=16)
+        with pytest.raises(ValueError, match="gamma of replay_buffer .* 0.9 .*, got 0.99"):
+            make_trainer(loss, replay_buffer=buffer).resume(path)
+
     def test_discounts_of_a_loss_without(self):
         """Behaviour cloning reads no reward."""
         ted = Chain().sample(64)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
+from torchrl.envs import EnvBase
 
 _has_tqdm = importlib.util.find_spec("tqdm") is not None
 
@@ -32,7 +33,7 @@ class EpisodeSimulator(Protocol):
 
 
 def rollout_episodes(
-    envs: Callable[[], EpisodeSimulator] | Sequence[EpisodeSimulator],
+    envs: Callable[[], EpisodeSimulator] | Sequence[EpisodeSimulator] | EnvBase,
     policy: Callable[[TensorDictBase], TensorDictBase],
     num_episodes: int,
     *,
@@ -57,7 +58,7 @@ def rollout_episodes(
     ``set_exploration_type`` to choose; gradients are off.
 
     Args:
-        envs (callable or sequence): makes one environment, or the environments to be used. Each
+        envs (callable, sequence or EnvBase): makes one environment, or is what is to be used. Each
             is an :class:`EpisodeSimulator` or has one as its ``simulator``, as
             :class:`~torchrl_evor.envs.OGBenchEnv` does. What a callable made is closed at the end.
         policy (callable): any TensorDict callable that reads ``observation_key``
@@ -103,6 +104,8 @@ def rollout_episodes(
     """
     _check_arguments(num_episodes, num_envs, chunk_size, record)
     bar = _progress_bar(num_episodes, progress)
+    if isinstance(envs, EnvBase):  # which is callable, too
+        envs = [envs]
     made = callable(envs)
     owned = [envs() for _ in range(min(num_envs, num_episodes))] if made else list(envs)
     if not owned:

@@ -192,6 +192,9 @@ def soft_choice(values: Tensor, tau: float, gumbel: Tensor | None = None) -> Ten
         tensor(1)
     """
     if check_temperature("tau", tau) > 0:
+        if values.dtype in (torch.float16, torch.bfloat16):
+            # Beside returns of hundreds the noise would be rounded to ties, which the first wins.
+            values = values.float()
         if gumbel is None:
             gumbel = standard_gumbel(values)
         values = values / tau + gumbel

@@ -87,7 +87,7 @@ class CriticLoss(FlowPolicyLoss):
         torch.Size([4])
     """
 
-    out_keys = ["loss_actor", "loss_qvalue"]
+    out_keys = ["loss_actor", "loss_qvalue", "value_target"]
     next_actions = ("policy", "dataset")
 
     qvalue_network: Critic
@@ -112,9 +112,7 @@ class CriticLoss(FlowPolicyLoss):
         )
         if not isinstance(qvalue_network, Critic):
             raise TypeError(f"qvalue_network must be a Critic, got {qvalue_network!r}.")
-        self.convert_to_functional(
-            qvalue_network, "qvalue_network", create_target_params=delay_qvalue
-        )
+        self._add_critic(qvalue_network, "qvalue_network", delay_qvalue)
 
     @property
     def _value_observation(self) -> NestedKey:
@@ -160,8 +158,8 @@ class CriticLoss(FlowPolicyLoss):
         reward, discount = self._backup(tensordict)
         observation = tensordict[unravel_key(("next", self._value_observation))]
         action = self._next_action(tensordict)
-        with self._swap("qvalue_network", target=True):
-            outputs = self.qvalue_network.outputs(observation, action)
+        with self._swap("qvalue_network", target=True) as model:
+            outputs = model.outputs(observation, action)
         # In the units of today: those of the target are from when it was made.
         with self._swap("qvalue_network"):
             values, log_weights = self.qvalue_network.law(outputs)

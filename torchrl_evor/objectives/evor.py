@@ -89,8 +89,10 @@ class EVORLoss(FlowPolicyLoss):
 
     .. note::
         The discount belongs to ``loss.make_value_estimator(gamma=...)``, 0.99
-        by default. n-step batches carry ``"steps_to_next_obs"``; n-step
-        returns of the data are unbiased here for any n, unless
+        by default. n-step batches carry ``"steps_to_next_obs"``, and a window
+        that holds a terminal is ``"terminated"``, which TorchRL's
+        ``MultiStepTransform`` leaves out where the terminal is not its first step.
+        n-step returns of the data are unbiased here for any n, unless
         ``next_action="improved"``. The loss writes the absolute error of each
         row to ``"td_error"`` in its input.
 
@@ -105,7 +107,7 @@ class EVORLoss(FlowPolicyLoss):
 
     Raises:
         ValueError: if an option is unknown, a count below 1, a temperature
-            negative or bounds are not in order.
+            negative, bounds are not in order or the value network has lazy parameters.
         TypeError: if a network has no velocity field.
 
     Examples:
@@ -137,7 +139,7 @@ class EVORLoss(FlowPolicyLoss):
         torch.Size([4])
     """
 
-    out_keys = ["loss_actor", "loss_value"]
+    out_keys = ["loss_actor", "loss_value", "value_target"]
     next_actions = ("policy", "dataset", "improved")
 
     value_network: ReturnFlow
@@ -174,7 +176,7 @@ class EVORLoss(FlowPolicyLoss):
         self.num_samples = check_positive("num_samples", num_samples)
         self.tau_r = check_temperature("tau_r", tau_r)
         self.tau_q = check_temperature("tau_q", tau_q)
-        self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
+        self._add_critic(value_network, "value_network", delay_value)
 
     @property
     def _value_observation(self) -> NestedKey:
@@ -236,14 +238,14 @@ class EVORLoss(FlowPolicyLoss):
         rows = self.value_network.expand_members(reward)
         noise, next_noise = torch.randn_like(rows), torch.randn_like(rows)
         time = torch.rand_like(rows)
-        model = self.value_network
+        with self._swap("value_network", target=True) as model:
 
-        def next_velocity(z: Tensor, t: Tensor) -> Tensor:
-            velocity = model.velocity(observation, action, z, t)
-            return confine_velocity(velocity, z, t, *bounds) if bounds else velocity
+            def next_velocity(z: Tensor, t: Tensor) -> Tensor:
+                velocity = model.velocity(observation, action, z, t)
+                return confine_velocity(velocity, z, t, *bounds) if bounds else velocity
 
-        with self._swap("value_network", target=True):
-            next_return = integrate(next_velocity, next_noise, model.num_steps, model.solver)
+            steps, solver = self.value_network.num_steps, self.value_network.solver
+            next_return = integrate(next_velocity, next_noise, steps, solver)
             if bounds:
                 # A point beyond them near time 1 would ask for any speed back.
                 next_return = next_return.clamp(*bounds)
@@ -258,8 +260,8 @@ class EVORLoss(FlowPolicyLoss):
             return super()._next_action(tensordict)
         candidates = self._next_candidates(tensordict)
         observation = tensordict[unravel_key(("next", self._value_observation))]
-        with self._swap("value_network", target=True):
-            action, _, _ = self.value_network.select(
+        with self._swap("value_network", target=True) as model:
+            action, _, _ = model.select(
                 observation,
                 candidates,
                 tau_r=self.tau_r,

@@ -4,15 +4,18 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+import copy
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from tensordict import TensorDictBase, TensorDictParams
 from tensordict.utils import NestedKey, unravel_key
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
+from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
 from torchrl_evor.modules.functional import check_choice, interpolate
 from torchrl_evor.modules.tensordict_module.actors import FlowMatchingPolicy
@@ -102,18 +105,47 @@ class FlowPolicyLoss(LossModule):
         # Built here, so that the discount is part of every state_dict.
         self.make_value_estimator()
 
+    def _add_critic(self, network: nn.Module, name: str, delay: bool) -> None:
+        """Registers the critic, and a copy of its structure for the target's weights."""
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in network.parameters()):
+            raise ValueError(f"{name} must have seen data, got a network with lazy parameters.")
+        self.convert_to_functional(network, name, create_target_params=delay)
+        shared = (*network.parameters(), *network.buffers())
+        frame = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+        # Past nn.Module, as the network itself: its parameters are not the loss's.
+        self.__dict__[f"_target_{name}"] = frame
+
     def _apply(self, fn):
         """Casts or moves the loss and with it the networks that it was made of."""
+        gamma = self.value_estimator.gamma
         super()._apply(fn)
-        # Parameters are cast in place; a cast buffer is a new tensor, which the network has to get.
+        # In 16 bits 0.999 would be 1.
+        if self.value_estimator.gamma.dtype in (torch.float16, torch.bfloat16):
+            self.value_estimator.gamma = gamma.to(self.value_estimator.gamma.device)
+        self._tie_networks()
+        return self
+
+    def __setstate__(self, state: dict) -> None:
+        # Of a deep copy or a pickle.
+        super().__setstate__(state)
+        self._tie_networks()
+
+    def _tie_networks(self) -> None:
+        """Gives the networks the parameters and buffers of the loss, where they are other tensors.
+
+        A cast buffer is a new tensor, and copies of loss and network are copied apart.
+        """
         for name, params in self.named_children():
             if isinstance(params, TensorDictParams) and not name.startswith("target_"):
                 network = getattr(self, name.removesuffix("_params"))
-                for key, _ in network.named_buffers():
-                    *path, leaf = key.split(".")
-                    module = network.get_submodule(".".join(path))
-                    module._buffers[leaf] = params.get((*path, leaf)).data
-        return self
+                for module_name, module in network.named_modules():
+                    path = tuple(module_name.split(".")) if module_name else ()
+                    for key in module._parameters:
+                        if module._parameters[key] is not None:
+                            module._parameters[key] = params.get((*path, key))
+                    for key in module._buffers:
+                        if module._buffers[key] is not None:
+                            module._buffers[key] = params.get((*path, key)).data
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -184,11 +216,16 @@ class FlowPolicyLoss(LossModule):
         with self._swap("actor_network"):
             return self.actor_network.module(observation.unsqueeze(-2).expand(rows))
 
+    @contextmanager
     def _swap(self, name: str, target: bool = False):
         """The network with its (target) parameters in place, as a context."""
+        # Target weights go into a copy. In the network itself an error would leave them behind, and
+        # another thread that acts meanwhile would act by them.
+        network = self.__dict__[f"_target_{name}"] if target else getattr(self, name)
         params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
         # The default of tensordict turns target buffers into trainable parameters.
-        return params.to_module(getattr(self, name), preserve_module_state=False)
+        with params.to_module(network, preserve_module_state=False):
+            yield network
 
     def _backup(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Reward and discount of the Bellman map in reward units, each ``[*B, 1]``."""
@@ -231,12 +268,21 @@ class FlowPolicyLoss(LossModule):
     def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams):
         """Builds the estimator that holds the discount; see :class:`LossModule`.
 
+        Args:
+            value_type (ValueEstimators, TD0Estimator or its class, optional): Defaults to
+                ``ValueEstimators.TD0``. A batch holds transitions, of any number of steps, and
+                no trajectories: estimators that read along time have no meaning here.
+
         Raises:
             ValueError: if ``gamma`` is not between 0 and 1.
+            NotImplementedError: for any other estimator.
         """
-        gamma = hyperparams.get("gamma")
+        kind = value_type if isinstance(value_type, type) else type(value_type)
+        if issubclass(kind, ValueEstimatorBase) and not issubclass(kind, TD0Estimator):
+            raise NotImplementedError(f"value_type must be a TD0Estimator, got {kind.__name__}.")
+        gamma = hyperparams.get("gamma", getattr(value_type, "gamma", None))
         if gamma is not None and not 0 <= gamma <= 1:
-            raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}.")
+            raise ValueError(f"gamma must lie in [0, 1], got {float(gamma)!r}.")
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
         if value_type is not None:
             dispatch_value_estimator(

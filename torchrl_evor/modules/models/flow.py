@@ -116,9 +116,10 @@ class VelocityMLP(nn.Module):
         """Starts the network as if its first inputs were ``(x - loc) / scale``.
 
         The map is folded into the first layer, once: the network stays a plain
-        MLP of its raw inputs, nothing is kept, and training goes on from there.
-        Where an input lies far from zero, all units of the first layer would
-        otherwise bend on the same side of the data.
+        MLP of its raw inputs, nothing is kept, and training goes on from there. It
+        comes before the loss is made, whose target network starts as a copy. Where an
+        input lies far from zero, all units of the first layer would otherwise bend on
+        the same side of the data.
 
         Args:
             loc (Tensor): ``[n]``, of the first ``n`` inputs, e.g. an observation's mean.

@@ -64,8 +64,8 @@ class ReturnFlow(ReturnModel):
             units. Defaults to ``1.0``.
         in_keys (sequence of NestedKey, optional): observation and action.
             Defaults to ``["observation", "action"]``.
-        out_keys (sequence of NestedKey, optional): mean of the law, ``[*B, 1]``.
-            Defaults to ``["state_action_value"]``.
+        out_keys (NestedKey or list of NestedKey, optional): mean of the law, ``[*B, 1]``.
+            Defaults to ``"state_action_value"``.
         num_samples (int, optional): stratified nodes of the mean that
             :meth:`forward` writes. Defaults to ``16``.
         tolerance (float, optional): relative error up to which :meth:`select`
@@ -105,7 +105,7 @@ class ReturnFlow(ReturnModel):
         loc: float | Tensor = 0.0,
         scale: float | Tensor = 1.0,
         in_keys: Sequence[NestedKey] = ("observation", "action"),
-        out_keys: Sequence[NestedKey] = ("state_action_value",),
+        out_keys: NestedKey | list[NestedKey] = "state_action_value",
         num_samples: int = 16,
         tolerance: float = 0.0,
     ) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key_list
 from torch import Tensor
 
 from torchrl_evor.modules.functional import check_choice, check_positive, soft_choice
@@ -46,14 +46,14 @@ class ReturnModel(TensorDictModuleBase):
             units. Defaults to ``1.0``.
         in_keys (sequence of NestedKey, optional): observation and action.
             Defaults to ``["observation", "action"]``.
-        out_keys (sequence of NestedKey, optional): mean of the law, ``[*B, 1]``.
-            Defaults to ``["state_action_value"]``.
+        out_keys (NestedKey or list of NestedKey, optional): mean of the law, ``[*B, 1]``.
+            Defaults to ``"state_action_value"``.
         num_samples (int, optional): nodes of the mean that :meth:`forward`
             writes. Defaults to ``16``.
 
     Raises:
-        ValueError: if ``num_samples`` is below 1, ``loc`` is not finite or
-            ``scale`` not positive and finite.
+        ValueError: if ``in_keys`` are not two, ``num_samples`` is below 1, ``loc`` is
+            not finite or ``scale`` not positive and finite.
     """
 
     def __init__(
@@ -62,12 +62,14 @@ class ReturnModel(TensorDictModuleBase):
         loc: float | Tensor = 0.0,
         scale: float | Tensor = 1.0,
         in_keys: Sequence[NestedKey] = ("observation", "action"),
-        out_keys: Sequence[NestedKey] = ("state_action_value",),
+        out_keys: NestedKey | list[NestedKey] = "state_action_value",
         num_samples: int = 16,
     ) -> None:
         super().__init__()
-        self.in_keys = list(in_keys)
-        self.out_keys = list(out_keys)
+        if isinstance(in_keys, str) or len(in_keys) != 2:
+            raise ValueError(f"in_keys must name an observation and an action, got {in_keys!r}.")
+        self.in_keys = unravel_key_list(list(in_keys))
+        self.out_keys = unravel_key_list(out_keys if isinstance(out_keys, list) else [out_keys])
         self.num_samples = check_positive("num_samples", num_samples)
         shape = torch.broadcast_shapes(torch.as_tensor(loc).shape, torch.as_tensor(scale).shape)
         self.register_buffer("loc", torch.zeros(shape))
@@ -78,7 +80,9 @@ class ReturnModel(TensorDictModuleBase):
         """Sets the affine map between network and reward units, in place.
 
         Losses follow at once, but for the temperatures of ``next_action="improved"``: the
-        target network of a loss keeps the map that it was made with.
+        target network of a loss keeps the map that it was made with. (Once a loss holds the
+        network cast or move the loss, ``loss.double()``: a cast of the network alone would leave
+        the loss its old buffers.)
 
         Args:
             loc (float or Tensor): centre of the returns, in reward units.
@@ -191,7 +195,7 @@ class ReturnModel(TensorDictModuleBase):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the mean return of the state and action, ``[*B, 1]``."""
-        observation, action = (tensordict.get(key) for key in self.in_keys)
+        observation, action = (tensordict[key] for key in self.in_keys)
         value = self.q_star(observation, action, math.inf, self.num_samples)
         return tensordict.set(self.out_keys[0], value.unsqueeze(-1))
 

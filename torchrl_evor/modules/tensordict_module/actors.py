@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -47,10 +46,10 @@ class FlowMatchingPolicy(TensorDictModule):
         high (float or Tensor, optional): upper bound of the action. Defaults to ``1.0``.
 
     Keyword Args:
-        in_keys (sequence of NestedKey, optional): the observation and, if a
+        in_keys (NestedKey or list of NestedKey, optional): the observation and, if a
             second key is given, the noise to start from ``[*B, act]``.
-            Defaults to ``["observation"]``.
-        out_keys (sequence of NestedKey, optional): Defaults to ``["action"]``.
+            Defaults to ``"observation"``.
+        out_keys (NestedKey or list of NestedKey, optional): Defaults to ``"action"``.
 
     Raises:
         ValueError: see :class:`FlowMatchingModel`.
@@ -72,11 +71,11 @@ class FlowMatchingPolicy(TensorDictModule):
         low: float | Tensor = -1.0,
         high: float | Tensor = 1.0,
         *,
-        in_keys: Sequence[NestedKey] = ("observation",),
-        out_keys: Sequence[NestedKey] = ("action",),
+        in_keys: NestedKey | list[NestedKey] = "observation",
+        out_keys: NestedKey | list[NestedKey] = "action",
     ) -> None:
         model = FlowMatchingModel(velocity_network, action_dim, num_steps, low=low, high=high)
-        super().__init__(model, in_keys=list(in_keys), out_keys=list(out_keys))
+        super().__init__(model, in_keys=in_keys, out_keys=out_keys)
 
 
 class EVORActor(TensorDictModuleBase):
@@ -92,8 +91,8 @@ class EVORActor(TensorDictModuleBase):
     Learning*, `arXiv:2510.08218 <https://arxiv.org/abs/2510.08218>`_.
 
     Args:
-        policy (TensorDictModule): base policy; any TensorDict policy that
-            writes an action, not only :class:`FlowMatchingPolicy`.
+        policy (TensorDictModule): base policy; any TensorDict policy without
+            memory that writes an action, not only :class:`FlowMatchingPolicy`.
         returns (ReturnFlow): law of the reward-to-go.
 
     Keyword Args:
@@ -132,7 +131,8 @@ class EVORActor(TensorDictModuleBase):
     Raises:
         ValueError: if a count is below 1, a temperature negative, ``nodes``,
             ``backend`` or ``precision`` unknown, the policy does not write the
-            action that ``returns`` reads, or it reads its noise.
+            action that ``returns`` reads, it reads its noise, or it writes a
+            state of its own for the next step.
 
     Examples:
         >>> import torch
@@ -165,6 +165,10 @@ class EVORActor(TensorDictModuleBase):
                 f"policy must draw its noise, got one that reads {policy.in_keys}: its candidates "
                 "would all be the same."
             )
+        memory = [key for key in policy.out_keys if isinstance(key, tuple) and key[0] == "next"]
+        if memory:
+            # Of which candidate? The state would be lost without a word.
+            raise ValueError(f"policy must have no memory, got one that writes {memory}.")
         self.policy = policy
         self.returns = returns
         self.num_candidates = check_positive("num_candidates", num_candidates)

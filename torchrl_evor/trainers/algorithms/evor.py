@@ -92,7 +92,8 @@ class EVORTrainer(Trainer):
         ValueError: if a count is below 1, ``total_updates`` is not a multiple
             of ``optim_steps_per_batch``, or the data's windows of several steps
             have another discount than the loss.
-        FileNotFoundError: from :meth:`resume`, if there is no checkpoint.
+        FileNotFoundError: from :meth:`resume`, if there is no checkpoint. A checkpoint of another
+            discount than the data's windows have is a ValueError.
 
     Examples:
         >>> import torch
@@ -209,7 +210,10 @@ class EVORTrainer(Trainer):
         """Restores the state of a checkpoint; :meth:`train` then goes on from there."""
         if not Checkpoint.is_checkpoint(path):
             raise FileNotFoundError(f"path must be the folder of a checkpoint, got {str(path)!r}.")
-        return self.load_from_file(path)
+        self.load_from_file(path)
+        # The checkpoint's discount is now the loss's.
+        _check_discounts(self.loss_module, self.collector.replay_buffer)
+        return self
 
     def train(self) -> None:
         """Trains up to ``total_updates``; does nothing once they are done."""
