@@ -859,6 +859,38 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
         program(f"policies={tmp_path}", "lr=0.5")
 
 
+def test_many_stops_in_time(root):
+    """The clock is read between rows of the log, and a schedule that was cut off says so."""
+    import many
+    from hydra import compose, initialize_config_dir
+
+    options = [f"data.root={root / 'data'}", *SMALL_MANY, "tasks=[1]", "n_steps=[5]"]
+    options += ["methods=[evor]", "num_updates=1000", "logger.interval=500", "max_seconds=0"]
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        cfg = compose("many", overrides=options)
+    for schedule, text in (("constant", ""), ("cosine", " planned_updates=1000")):
+        cfg.schedule = schedule
+        program = many.Program(cfg, TASK, 0.99, torch.device("cpu"))
+        many.train(cfg, [program])
+        assert program.num_updates == many.TIMED
+        assert program.training_text("evor").endswith(f"bound_returns=False{text}")
+
+
+def test_rows_say_how_numbers_came_about():
+    """Runs that differ in the arithmetic are rows of their own."""
+    import utils
+    from hydra import compose, initialize_config_dir
+
+    device = torch.device("cpu")
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        for name in ("config", "baselines", "many"):
+            assert utils.ran_on(device, compose(name)) == utils.device_name(device)
+            options = ["actor.backend=torch", "actor.precision=bf16", "matmul_precision=highest"]
+            assert utils.ran_on(device, compose(name, overrides=options)).endswith(
+                " actor.backend=torch actor.precision=bf16 matmul_precision=highest"
+            )
+
+
 def test_many_sizes_of_values(root, short_run, tmp_path):
     """Value networks of their own size, over kept base policies too; rows and files say so."""
     import agents
@@ -874,15 +906,17 @@ def test_many_sizes_of_values(root, short_run, tmp_path):
     program = Program(cfg, TASK, 0.99, torch.device("cpu"))
     program.update()
     hidden = {"evor": "8x4x2", "scalar": "8x4x2", "bc": "16x16"}
+    columns = {"num_candidates", "num_samples"}  # options of the actor that rows have
     for method in cfg.methods:
         ((setting, agent),) = program.agents(method)
         for member in agent.value:
             layers = [layer for layer in member.net if isinstance(layer, torch.nn.Linear)]
             assert [layer.out_features for layer in layers] == [8, 4, 2, 1]
         path = agents.save(tmp_path, TASK, method, setting, agent, program, 60.0)
-        choice = {} if method == "bc" else {"num_candidates": 2, "num_samples": 2}
+        choice = {"num_candidates": 2, "num_samples": 2, "backend": "torch", "precision": None}
         outcome = agents.evaluate_file(path, "cpu", 1, 1, 0, choice)
         assert outcome["hidden"] == hidden[method]
+        assert outcome.keys() & choice.keys() == (set() if method == "bc" else columns)
     # Files of before the option: one size for both.
     content = torch.load(path)
     del content["value_hidden_sizes"]

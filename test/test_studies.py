@@ -68,6 +68,7 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
     cfg = SimpleNamespace(
         chunk_size=1,
         hidden_sizes=[8],
+        value_hidden_sizes=[8],
         activation="gelu_tanh",
         layer_norm=True,
         policy_steps=2,

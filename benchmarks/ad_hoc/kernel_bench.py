@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -81,11 +82,21 @@ def label(config) -> str:
 
 def shipped(problem: Problem, precision: str) -> dict:
     """The tiles that the tables choose for this many rows."""
+    return _shipped(problem.rows, problem.width, precision)
+
+
+def _shipped(rows: int, width: int, precision: str) -> dict:
     name = variants.KERNEL_PRECISION[precision]
     return {
-        "layered": _config._layer_config(name, problem.rows),
-        "loop": _config._loop_config(name, problem.rows, (problem.width,)),
+        "layered": _config._layer_config(name, rows),
+        "loop": _config._loop_config(name, rows, (width,)),
     }
+
+
+def chosen(precision: str, rows: int) -> str:
+    """The design that the tables choose."""
+    name = variants.KERNEL_PRECISION[precision]
+    return _path(_config.choose("triton", (Problem.width,), name, rows))
 
 
 def tiles(precision: str) -> list:
@@ -134,6 +145,16 @@ def warm_all(table: Table, precisions) -> None:
     compiled = [(p, s, None) for p in precisions for s in SCENARIOS.values()]
     compiled += [(p, s, None) for p in precisions if p != "tf32" for s in COMPILED_SWEEP]
     jobs = compiled + [(p, SCENARIOS["S1"], config) for p in precisions for config in tiles(p)]
+    # Other specialisations: of one node, and of the tiles that the tables choose for other sizes.
+    some = [(p, SCENARIOS["S2"], config) for p in precisions for config in tiles(p)]
+    jobs += [job for job in some if _path(job[2]) == "loop"]
+    jobs += [
+        (p, shape, config)
+        for p in precisions
+        for shape in (*SCENARIOS.values(), *NODES)
+        for config in _shipped(math.prod(shape), Problem.width, p).values()
+        if shape[-1] == 4 or config not in tiles(p)
+    ]
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     took: dict[str, list[float]] = {"kernel": [], "compiled": []}
     failed = table.info["not_compiled"] = []
@@ -265,7 +286,8 @@ def summary(table: Table, precisions) -> str:
     lines += ["", "Targets:", *map(str, report.verdicts(table.rows, precisions))]
     better = report.best_tiles(table.rows, precisions)
     lines += ["", "Tiles ahead of those in _config.py:", *(better or ["none"])]
-    entries = report.fastest_rows(table.rows, Problem.width)
+    lines += ["", "The designs side by side:", *report.crossover(table.rows)]
+    entries = report.fastest_rows(table.rows, Problem.width, chosen)
     lines += ["", "Paste into triton_kernels/_config.py:"]
     return "\n".join([*lines, f"_FASTEST: dict[tuple[str, int], tuple[int, int]] = {entries}"])
 

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Verdict", "best_tiles", "fastest_rows", "table", "verdicts"]
+__all__ = ["Verdict", "best_tiles", "crossover", "fastest_rows", "table", "verdicts"]
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 KERNELS = ("layered", "loop")
@@ -135,11 +136,20 @@ def verdicts(rows: list[dict], precisions) -> list[Verdict]:
     return [*found, _memory(rows)]
 
 
-def fastest_rows(rows: list[dict], width: int) -> dict[tuple[str, int], tuple[int, int]]:
-    """Entries of ``_FASTEST``: the longest range of rows where the tables' own tile is ahead.
+def fastest_rows(
+    rows: list[dict], width: int, chosen: Callable[[str, int], str]
+) -> dict[tuple[str, int], tuple[int, int]]:
+    """Entries of ``_FASTEST``: the longest range of rows where the tables' own kernel is ahead.
 
-    A size counts where the kernel, with the tile that ``_config.py`` chooses, beats compiled
-    PyTorch by the margin, both in CUDA graphs.
+    A size counts where the kernel, with the design and the tile that ``_config.py`` chooses, beats
+    compiled PyTorch by the margin, both in CUDA graphs; with live weights, as in training and
+    acting, where that was measured.
+
+    Args:
+        rows (list of dict): measured rows of one run.
+        width (int): of the networks.
+        chosen (callable): name of the design that ``_config.py`` takes for a precision and a
+            number of rows.
     """
     entries = {}
     for precision in sorted({row["precision"] for row in rows}):
@@ -147,13 +157,32 @@ def fastest_rows(rows: list[dict], width: int) -> dict[tuple[str, int], tuple[in
         for count in sorted({_rows_count(row) for row in rows}):
             some = [r for r in rows if r["precision"] == precision and _rows_count(r) == count]
             compiled = _find(some, path="compiled", graph=True)
-            ours = _find(some, path="layered", graph=True, shipped=True, noise="given")
+            known = {"path": chosen(precision, count), "graph": True, "shipped": True}
+            ours = _find(some, noise="given", weights="live", **known) or _find(
+                some, noise="given", **known
+            )
             if compiled and ours:
                 wins[count] = compiled["ms"] >= MARGIN * ours["ms"]
         run = _longest_run(wins)
         if run:
             entries[precision if precision != "fp32" else "tf32x3", width] = run
     return entries
+
+
+def crossover(rows: list[dict]) -> list[str]:
+    """Both designs by the tables' own tiles, size by size: where ``_LOOP_ROWS`` belongs."""
+    lines = []
+    known = {"graph": True, "shipped": True, "noise": "given", "weights": "frozen"}
+    for precision in sorted({row["precision"] for row in rows}):
+        for count in sorted({_rows_count(row) for row in rows}):
+            some = [r for r in rows if r["precision"] == precision and _rows_count(r) == count]
+            layered, loop = (_find(some, path=path, **known) for path in KERNELS)
+            if layered and loop:
+                lines.append(
+                    f"{precision} {count} rows: loop {loop['ms']:.4f} ms, layered"
+                    f" {layered['ms']:.4f} ms"
+                )
+    return lines
 
 
 def _longest_run(wins: dict[int, bool]) -> tuple[int, int] | None:

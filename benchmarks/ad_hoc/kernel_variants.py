@@ -21,8 +21,12 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-if importlib.util.find_spec("torchrl") is None:
-    # A machine without TorchRL: the kernels need torch and triton only.
+try:
+    found = importlib.util.find_spec("torchrl_evor.triton_kernels") is not None
+except ImportError:
+    found = False
+if not found:
+    # Not installed, or without TorchRL: the kernels need torch and triton only.
     package = types.ModuleType("torchrl_evor")
     package.__path__ = [str(ROOT / "torchrl_evor"), str(ROOT)]
     sys.modules["torchrl_evor"] = package

@@ -273,10 +273,17 @@ def _network(content: dict, state: dict, hidden_sizes, layer_norm: bool = False)
 
 
 def evaluate_file(
-    path: Path, device: str, episodes: int, num_envs: int, seed: int, options: dict
+    path: Path,
+    device: str,
+    episodes: int,
+    num_envs: int,
+    seed: int,
+    options: dict,
+    matmul_precision: str = "medium",
 ) -> dict:
     """Outcome of one agent file with some options of its actor; runs in a process of its own."""
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(matmul_precision)
     content = read(path)
     actor = build(content, device, **options)
     torch.manual_seed(seed)
@@ -305,7 +312,8 @@ def evaluate_file(
         **{key: content[key] for key in kept},
         "method": label(content),
         "hidden": "x".join(map(str, hidden_sizes)),
-        **options,
+        # In what a row holds of a choice; the rest is of its device.
+        **{name: options[name] for name in options if name in results_io.COLUMNS},
         **utils.episode_columns(outcome),
         "parameters": parameters,
     }
@@ -325,7 +333,9 @@ def evaluate_all(cfg: DictConfig, files: dict[Path, str], device) -> None:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
         futures = [
-            pool.submit(evaluate_file, path, str(device), *evaluation, options)
+            pool.submit(
+                evaluate_file, path, str(device), *evaluation, options, cfg.matmul_precision
+            )
             for path, options in jobs
         ]
         finished = concurrent.futures.as_completed(futures)
@@ -344,6 +354,6 @@ def _row(cfg: DictConfig, outcome: dict, device) -> dict:
     return {
         **outcome,
         "protocol": cfg.protocol,
-        "device": utils.device_name(device),
+        "device": utils.ran_on(device, cfg),
         "command": results_io.command(),
     }

@@ -43,6 +43,8 @@ from torchrl_evor.data import OGBenchExperienceReplay
 from torchrl_evor.data.datasets import gather_chunks, make_windows
 from torchrl_evor.modules.functional import check_choice, check_positive
 
+TIMED = 100  # updates between looks at the clock, where max_seconds is given
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -202,7 +204,7 @@ class Program:
         self.optimizer = torch.optim.Adam(list(parameters), lr=lr, fused=True, capturable=on_cuda)
         self.scheduler = utils.make_scheduler(self.optimizer, cfg.schedule, cfg.num_updates)
         self.metrics = torch.zeros((cfg.policies is None) + len(self.losses), device=device)
-        self.stream = torch.cuda.Stream(device) if on_cuda else None
+        self.stream = make_stream(device) if on_cuda else None
         self.graph = None
         terms = self._compute_terms
         self.compute_terms = torch.compile(terms) if cfg.compile else terms
@@ -333,6 +335,9 @@ class Program:
         text = results_io.training_text(method, self.training_settings)
         if self.policy_updates != self.num_updates:
             text += f" policy_updates={self.policy_updates}"
+        if self.cfg.schedule != "constant" and self.num_updates < self.cfg.num_updates:
+            # Stopped by max_seconds: the start of a longer schedule is no shorter run.
+            text += f" planned_updates={self.cfg.num_updates}"
         return text
 
     @property
@@ -389,6 +394,18 @@ class Program:
             yield setting, agents.Agent(policy, members, loc, scale, support)
 
 
+def make_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream for a program, before PyTorch 2.13 one for all."""
+    # Until then all graphs read the offset of one generator, which each replay sets: two replays at
+    # a time would draw the same numbers.
+    return torch.cuda.Stream(device) if torch.__version__ >= "2.13" else _shared_stream(device)
+
+
+@functools.cache
+def _shared_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def training_settings(cfg: DictConfig, gamma: float, origin: str) -> dict[str, object]:
     """Values for :func:`results_io.training_text`."""
     return {
@@ -434,7 +451,9 @@ def train(cfg: DictConfig, programs: list[Program]) -> float:
         for step in range(1, cfg.num_updates + 1):
             for program in programs:
                 program.update()
-            if step % cfg.logger.interval and step < cfg.num_updates:
+            shown = step % cfg.logger.interval == 0 or step == cfg.num_updates
+            timed = cfg.max_seconds is not None and step % TIMED == 0
+            if not (shown or timed):
                 continue
             # Which keeps the queue of the device short, too.
             for program in programs:
@@ -456,7 +475,8 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seeds[0])
     utils.configure_torch(cfg)
     files = agents.find(cfg) if cfg.evaluate is not None else train_all(cfg, output, device)
-    agents.evaluate_all(cfg, files, device)
+    if cfg.eval.episodes:
+        agents.evaluate_all(cfg, files, device)
 
 
 def train_all(cfg: DictConfig, output: Path, device: torch.device) -> dict[Path, str]:

@@ -492,7 +492,7 @@ def append_result(
         "n_step": cfg.data.n_step,
         "hidden": "x".join(map(str, cfg.value.hidden_sizes)),
         "batch_size": cfg.data.batch_size,
-        "device": device_name(next(actor.parameters()).device),
+        "device": ran_on(next(actor.parameters()).device, cfg),
         "train_seconds": run.seconds,
         "peak_memory_mb": run.peak_memory_mb,
         "parameters": sum(parameter.numel() for parameter in actor.parameters()),
@@ -500,6 +500,8 @@ def append_result(
         "command": results_io.command(),
         **episode_columns(episodes),
     }
+    if method == "bc":  # as many.py says it: nothing of values plays a part
+        row |= {"hidden": "x".join(map(str, cfg.policy.hidden_sizes)), "n_step": 1}
     if hasattr(actor, "num_candidates"):
         settings = ("num_candidates", "num_samples", "nodes", "tau_r", "tau_q")
         row.update({name: cfg.actor[name] for name in settings})
@@ -563,6 +565,14 @@ def episode_columns(episodes: TensorDictBase) -> dict[str, float]:
     }
 
 
+def ran_on(device: torch.device, cfg: DictConfig) -> str:
+    """The device, and what else decides how numbers come about there, where it is no default."""
+    defaults = {"actor.backend": "auto", "actor.precision": None, "matmul_precision": "medium"}
+    chosen = {key: OmegaConf.select(cfg, key, default=value) for key, value in defaults.items()}
+    others = [f"{key}={chosen[key]}" for key in defaults if chosen[key] != defaults[key]]
+    return " ".join([device_name(device), *others])
+
+
 def device_name(device: torch.device) -> str:
     """``cpu x <threads>`` or the name of the GPU."""
     if device.type == "cuda":
@@ -573,6 +583,7 @@ def device_name(device: torch.device) -> str:
 def reset_peak_memory(device: torch.device) -> None:
     """Forgets the peak of what this process did before, where the system lets it."""
     if device.type == "cuda":
+        torch.cuda.init()  # which a device with an index does not see to
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -31,6 +31,10 @@ def _row(ms, path, scenario="S1", shape=None, **facts):
     return row | {"tflops": 1.0, "roof": 0.5, "error": 1e-4} | facts
 
 
+def layered(precision, rows):
+    return "layered"
+
+
 def _verdicts(*rows) -> dict[str, bool | None]:
     return {verdict.target: verdict.passed for verdict in report.verdicts(list(rows), ["fp16"])}
 
@@ -105,19 +109,38 @@ class TestRowsOfTheTable:
 
     def test_longest_range_that_wins(self):
         rows = self._rows({32: 1.5, 512: 1.02, 2048: 1.1, 8192: 2.0, 32768: 1.06, 100000: 0.9})
-        assert report.fastest_rows(rows, 512) == {("fp16", 512): (2048, 32768)}
+        assert report.fastest_rows(rows, 512, layered) == {("fp16", 512): (2048, 32768)}
 
     def test_none_that_wins(self):
-        assert report.fastest_rows(self._rows({32: 1.0, 512: 1.04}), 512) == {}
+        assert report.fastest_rows(self._rows({32: 1.0, 512: 1.04}), 512, layered) == {}
 
     def test_only_shipped_tiles_count(self):
         rows = self._rows({512: 1.0})
         rows += [_row(0.1, "layered", shape=(1, 1, 512), graph=True, search=True)]
-        assert report.fastest_rows(rows, 512) == {}
+        assert report.fastest_rows(rows, 512, layered) == {}
+
+    def test_the_design_that_would_run_counts(self):
+        """The loop kernel where it is chosen, however fast the other one is."""
+        kernel_bench = pytest.importorskip("kernel_bench")
+        rows = self._rows({512: 2.0, 8192: 2.0})
+        for count in (512, 8192):
+            shape = (1, 1, count)
+            rows += [_row(3.0, "loop", shape=shape, graph=True, shipped=True)]
+        found = report.fastest_rows(rows, 512, kernel_bench.chosen)
+        assert found == {("fp16", 512): (8192, 8192)}
+        assert "fp16 512 rows: loop 3.0000 ms, layered 1.0000 ms" in report.crossover(
+            [row | {"weights": "frozen"} for row in rows]
+        )
+
+    def test_live_weights_count(self):
+        """Which is what acting and training call with."""
+        rows = [row | {"weights": "frozen"} for row in self._rows({512: 2.0})]
+        rows += [rows[-1] | {"weights": "live", "ms": 1.99}]
+        assert report.fastest_rows(rows, 512, layered) == {}
 
     def test_full_precision_is_named_as_the_kernels_name_it(self):
         rows = [row | {"precision": "fp32"} for row in self._rows({512: 2.0})]
-        assert report.fastest_rows(rows, 256) == {("tf32x3", 256): (512, 512)}
+        assert report.fastest_rows(rows, 256, layered) == {("tf32x3", 256): (512, 512)}
 
     def test_better_tiles(self):
         known = {"weights": "frozen", "graph": True}
