@@ -223,6 +223,18 @@ class TestAnyPolicy:
         torch.testing.assert_close(data["action"][..., 0], best)
         torch.testing.assert_close(data["state_action_value"][..., 0], 2 * best)
 
+    def test_equals_are_drawn_alike_in_16_bits(self):
+        """By a network of 16 bits on the plain path."""
+        returns = ReturnFlow(ActionIsReturn(), loc=-200.0).to(torch.bfloat16)
+        torch.manual_seed(0)
+        candidates = torch.arange(4).view(4, 1).expand(20_000, 4, 1).to(torch.bfloat16)
+        zero = torch.zeros(20_000, 4, 2, dtype=torch.bfloat16)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(returns, "_values", lambda *_: torch.full((20_000, 4), -200.0).bfloat16())
+            action, _, _ = returns.select(zero[:, 0], candidates, tau_r=1.0, tau_q=1.0)
+        share = action.long().flatten().bincount(minlength=4) / 20_000
+        torch.testing.assert_close(share, torch.full((4,), 0.25), rtol=0, atol=0.015)
+
     def test_policy_with_memory(self):
         """The state of which candidate would be kept?"""
         policy = TensorDictModule(

@@ -192,19 +192,19 @@ def soft_choice(values: Tensor, tau: float, gumbel: Tensor | None = None) -> Ten
         tensor(1)
     """
     if check_temperature("tau", tau) > 0:
-        if values.dtype in (torch.float16, torch.bfloat16):
-            # Beside returns of hundreds the noise would be rounded to ties, which the first wins.
-            values = values.float()
         if gumbel is None:
             gumbel = standard_gumbel(values)
-        values = values / tau + gumbel
+        # In 16 bits, beside returns of hundreds, the noise would be rounded to ties, which the
+        # first wins.
+        values = values.to(torch.promote_types(values.dtype, torch.float32)) / tau + gumbel
     return values.masked_fill(values.isnan(), -math.inf).argmax(-1)
 
 
 def standard_gumbel(like: Tensor) -> Tensor:
-    """Standard Gumbel noise of the shape, dtype and device of ``like``."""
+    """Standard Gumbel noise of the shape, device and dtype of ``like``, in float32 at least."""
     # In one order of memory, so that a seed means the same numbers for views of any strides.
-    empty = torch.empty_like(like, memory_format=torch.contiguous_format)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    empty = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     return -empty.exponential_().log()
 
 
