@@ -859,8 +859,9 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_pat
         program(f"policies={tmp_path}", "lr=0.5")
 
 
-def test_many_stops_in_time(root):
+def test_many_stops_in_time(root, short_run, tmp_path):
     """The clock is read between rows of the log, and a schedule that was cut off says so."""
+    import agents
     import many
     from hydra import compose, initialize_config_dir
 
@@ -874,6 +875,11 @@ def test_many_stops_in_time(root):
         many.train(cfg, [program])
         assert program.num_updates == many.TIMED
         assert program.training_text("evor").endswith(f"bound_returns=False{text}")
+    ((setting, agent),) = program.agents("evor")
+    agents.save(tmp_path, TASK, "evor", setting, agent, program, 1.0)
+    cfg.policies = str(tmp_path)
+    with pytest.raises(ValueError, match="stopped after 100 of 1000 updates"):
+        many.Program(cfg, TASK, 0.99, torch.device("cpu"))
 
 
 def test_rows_say_how_numbers_came_about():

@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import functools
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -145,16 +144,14 @@ def warm_all(table: Table, precisions) -> None:
     compiled = [(p, s, None) for p in precisions for s in SCENARIOS.values()]
     compiled += [(p, s, None) for p in precisions if p != "tf32" for s in COMPILED_SWEEP]
     jobs = compiled + [(p, SCENARIOS["S1"], config) for p in precisions for config in tiles(p)]
-    # Other specialisations: of one node, and of the tiles that the tables choose for other sizes.
-    some = [(p, SCENARIOS["S2"], config) for p in precisions for config in tiles(p)]
-    jobs += [job for job in some if _path(job[2]) == "loop"]
-    jobs += [
-        (p, shape, config)
-        for p in precisions
-        for shape in (*SCENARIOS.values(), *NODES)
-        for config in _shipped(math.prod(shape), Problem.width, p).values()
-        if shape[-1] == 4 or config not in tiles(p)
-    ]
+    # One node, and four, are specialisations of the loop kernel; and the tables may choose tiles
+    # that the search does not try.
+    for p in precisions:
+        own = {c for n in (256, 4096, 102400) for c in _shipped(n, Problem.width, p).values()}
+        loops = [c for c in {*tiles(p), *own} if _path(c) == "loop"]
+        jobs += [(p, SCENARIOS["S2"], c) for c in loops]
+        jobs += [(p, NODES[1], c) for c in loops if c in own]
+        jobs += [(p, SCENARIOS["S1"], c) for c in own - set(tiles(p))]
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     took: dict[str, list[float]] = {"kernel": [], "compiled": []}
     failed = table.info["not_compiled"] = []
@@ -217,7 +214,8 @@ def sweeps(table: Table, precisions) -> None:
     for precision in [p for p in ("fp16", "fp32") if p in precisions]:
         for shape in NODES + CANDIDATES:
             problem, name = table.machine.problem(shape), "x".join(map(str, shape))
-            kernels(table, problem, name, precision, (True,), ("frozen",), sweep=True)
+            weights = ("live", "frozen") if shape in COMPILED_SWEEP else ("frozen",)
+            kernels(table, problem, name, precision, (True,), weights, sweep=True)
             if shape in COMPILED_SWEEP:
                 compiled(table, {name: problem}, (precision,))
 

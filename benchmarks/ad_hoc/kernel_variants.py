@@ -8,29 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import math
 import os
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
-try:
-    found = importlib.util.find_spec("torchrl_evor.triton_kernels") is not None
-except ImportError:
-    found = False
-if not found:
-    # Not installed, or without TorchRL: the kernels need torch and triton only.
-    package = types.ModuleType("torchrl_evor")
-    package.__path__ = [str(ROOT / "torchrl_evor"), str(ROOT)]
-    sys.modules["torchrl_evor"] = package
+sys.path.insert(0, str(Path(__file__).parent))
 
+from kernel_path import ROOT  # noqa: E402, I001  before the kernels, which it finds
 from torchrl_evor.triton_kernels import (  # noqa: E402
     _config,
     _launch,

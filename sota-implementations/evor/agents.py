@@ -247,6 +247,13 @@ def load_policy(
                 f"{key}={value} must be that of the base policy in policies: "
                 f"{paths[0]} was trained with {theirs[key]}."
             )
+    if "planned_updates" in theirs:
+        # Its learning rate has not fallen: no base policy of so many updates.
+        raise ValueError(
+            f"policies={str(folder)!r} must hold base policies that were trained to the end: "
+            f"{paths[0]} was stopped after {content['num_updates']} of "
+            f"{theirs['planned_updates']} updates."
+        )
     return _policy_network(content), content["policy_updates"] or content["num_updates"]
 
 

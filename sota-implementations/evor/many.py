@@ -7,7 +7,7 @@
 The tasks of an environment share data and base policy: there is one base policy
 for each seed, and the value networks of all tasks and settings are stacked and
 run as batched products. On a GPU the whole update, sampling included, is one
-CUDA graph for each environment, replayed on a stream of its own.
+CUDA graph for each environment, replayed on a stream of its own from PyTorch 2.13 on.
 """
 
 from __future__ import annotations

@@ -6,17 +6,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-import types
 from pathlib import Path
 
-try:
-    found = importlib.util.find_spec("torchrl_evor.triton_kernels") is not None
-except ImportError:
-    found = False
-if not found:
-    root = Path(__file__).resolve().parents[2]
-    package = types.ModuleType("torchrl_evor")
-    package.__path__ = [str(root / "torchrl_evor"), str(root)]
-    sys.modules["torchrl_evor"] = package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "ad_hoc"))
+
+import kernel_path  # noqa: E402, F401

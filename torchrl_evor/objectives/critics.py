@@ -56,7 +56,7 @@ class CriticLoss(FlowPolicyLoss):
         ``"td_error"`` in its input.
 
     Raises:
-        ValueError: if an option is unknown.
+        ValueError: if an option is unknown, or the critic has lazy parameters.
         TypeError: if a network is not of the kind that is asked for.
 
     Examples:
@@ -158,8 +158,8 @@ class CriticLoss(FlowPolicyLoss):
         reward, discount = self._backup(tensordict)
         observation = tensordict[unravel_key(("next", self._value_observation))]
         action = self._next_action(tensordict)
-        with self._swap("qvalue_network", target=True) as model:
-            outputs = model.outputs(observation, action)
+        with self._swap("qvalue_network", target=True):
+            outputs = self.qvalue_network.outputs(observation, action)
         # In the units of today: those of the target are from when it was made.
         with self._swap("qvalue_network"):
             values, log_weights = self.qvalue_network.law(outputs)

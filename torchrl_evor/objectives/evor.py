@@ -238,14 +238,14 @@ class EVORLoss(FlowPolicyLoss):
         rows = self.value_network.expand_members(reward)
         noise, next_noise = torch.randn_like(rows), torch.randn_like(rows)
         time = torch.rand_like(rows)
-        with self._swap("value_network", target=True) as model:
+        model = self.value_network
 
-            def next_velocity(z: Tensor, t: Tensor) -> Tensor:
-                velocity = model.velocity(observation, action, z, t)
-                return confine_velocity(velocity, z, t, *bounds) if bounds else velocity
+        def next_velocity(z: Tensor, t: Tensor) -> Tensor:
+            velocity = model.velocity(observation, action, z, t)
+            return confine_velocity(velocity, z, t, *bounds) if bounds else velocity
 
-            steps, solver = self.value_network.num_steps, self.value_network.solver
-            next_return = integrate(next_velocity, next_noise, steps, solver)
+        with self._swap("value_network", target=True):
+            next_return = integrate(next_velocity, next_noise, model.num_steps, model.solver)
             if bounds:
                 # A point beyond them near time 1 would ask for any speed back.
                 next_return = next_return.clamp(*bounds)
@@ -260,8 +260,8 @@ class EVORLoss(FlowPolicyLoss):
             return super()._next_action(tensordict)
         candidates = self._next_candidates(tensordict)
         observation = tensordict[unravel_key(("next", self._value_observation))]
-        with self._swap("value_network", target=True) as model:
-            action, _, _ = model.select(
+        with self._swap("value_network", target=True):
+            action, _, _ = self.value_network.select(
                 observation,
                 candidates,
                 tau_r=self.tau_r,

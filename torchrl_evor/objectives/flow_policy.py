@@ -4,13 +4,12 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
-import copy
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tensordict import TensorDictBase, TensorDictParams
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
@@ -106,14 +105,10 @@ class FlowPolicyLoss(LossModule):
         self.make_value_estimator()
 
     def _add_critic(self, network: nn.Module, name: str, delay: bool) -> None:
-        """Registers the critic, and a copy of its structure for the target's weights."""
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in network.parameters()):
+            # Target parameters are made of values.
             raise ValueError(f"{name} must have seen data, got a network with lazy parameters.")
         self.convert_to_functional(network, name, create_target_params=delay)
-        shared = (*network.parameters(), *network.buffers())
-        frame = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
-        # Past nn.Module, as the network itself: its parameters are not the loss's.
-        self.__dict__[f"_target_{name}"] = frame
 
     def _apply(self, fn):
         """Casts or moves the loss and with it the networks that it was made of."""
@@ -122,30 +117,28 @@ class FlowPolicyLoss(LossModule):
         # In 16 bits 0.999 would be 1.
         if self.value_estimator.gamma.dtype in (torch.float16, torch.bfloat16):
             self.value_estimator.gamma = gamma.to(self.value_estimator.gamma.device)
-        self._tie_networks()
+        # Parameters are cast in place; a cast buffer is a new tensor, which the network has to get.
+        for name, network in self._networks():
+            params = getattr(self, name)
+            for key, _ in network.named_buffers():
+                *path, leaf = key.split(".")
+                module = network.get_submodule(".".join(path))
+                module._buffers[leaf] = params.get((*path, leaf)).data
         return self
 
     def __setstate__(self, state: dict) -> None:
-        # Of a deep copy or a pickle.
         super().__setstate__(state)
-        self._tie_networks()
+        # A deep copy copies networks and parameters apart.
+        for name, network in self._networks():
+            setattr(self, name, TensorDict.from_module(network, as_module=True))
 
-    def _tie_networks(self) -> None:
-        """Gives the networks the parameters and buffers of the loss, where they are other tensors.
-
-        A cast buffer is a new tensor, and copies of loss and network are copied apart.
-        """
-        for name, params in self.named_children():
-            if isinstance(params, TensorDictParams) and not name.startswith("target_"):
-                network = getattr(self, name.removesuffix("_params"))
-                for module_name, module in network.named_modules():
-                    path = tuple(module_name.split(".")) if module_name else ()
-                    for key in module._parameters:
-                        if module._parameters[key] is not None:
-                            module._parameters[key] = params.get((*path, key))
-                    for key in module._buffers:
-                        if module._buffers[key] is not None:
-                            module._buffers[key] = params.get((*path, key)).data
+    def _networks(self) -> list[tuple[str, nn.Module]]:
+        """Names of the parameters that are trained, with the networks that they are of."""
+        return [
+            (name, getattr(self, name.removesuffix("_params")))
+            for name, params in self.named_children()
+            if isinstance(params, TensorDictParams) and not name.startswith("target_")
+        ]
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -216,16 +209,12 @@ class FlowPolicyLoss(LossModule):
         with self._swap("actor_network"):
             return self.actor_network.module(observation.unsqueeze(-2).expand(rows))
 
-    @contextmanager
     def _swap(self, name: str, target: bool = False):
         """The network with its (target) parameters in place, as a context."""
-        # Target weights go into a copy. In the network itself an error would leave them behind, and
-        # another thread that acts meanwhile would act by them.
-        network = self.__dict__[f"_target_{name}"] if target else getattr(self, name)
         params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
         # The default of tensordict turns target buffers into trainable parameters.
-        with params.to_module(network, preserve_module_state=False):
-            yield network
+        context = params.to_module(getattr(self, name), preserve_module_state=False)
+        return context if torch.compiler.is_compiling() else _Restored(context)
 
     def _backup(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Reward and discount of the Bellman map in reward units, each ``[*B, 1]``."""
@@ -297,3 +286,20 @@ class FlowPolicyLoss(LossModule):
             self._value_estimator.set_keys(
                 **{name: getattr(self.tensor_keys, name) for name in names}
             )
+
+
+class _Restored(AbstractContextManager):
+    """A swap of parameters that ends in any case.
+
+    TensorDict's own leaves them where they are when an error passes. A batch of a wrong shape, or
+    no memory for one, would leave the target's weights in the network that an actor shares.
+    """
+
+    def __init__(self, swap: AbstractContextManager) -> None:
+        self.swap = swap
+
+    def __enter__(self) -> AbstractContextManager:
+        return self.swap.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.swap.__exit__(None, None, None)

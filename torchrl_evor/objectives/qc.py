@@ -59,7 +59,8 @@ class QCLoss(CriticLoss):
         and the errors of rows.
 
     Raises:
-        ValueError: if an option is unknown or ``num_candidates`` is below 1.
+        ValueError: if an option is unknown, ``num_candidates`` is below 1, or the critic has
+            lazy parameters.
         TypeError: if a network is not of the kind that is asked for.
 
     Examples:

@@ -128,6 +128,11 @@ class EVORActor(TensorDictModuleBase):
         default of TorchRL's ``Evaluator``), ``MODE`` and ``MEAN`` the best
         candidate is taken whatever ``tau_q`` is.
 
+    .. note::
+        A loss puts the target's weights into its networks while it is computed, as
+        TorchRL's losses do. An actor that works in another thread meanwhile (an
+        ``Evaluator`` may) needs networks of its own, ``copy.deepcopy(actor)``.
+
     Raises:
         ValueError: if a count is below 1, a temperature negative, ``nodes``,
             ``backend`` or ``precision`` unknown, the policy does not write the

@@ -91,9 +91,8 @@ class EVORTrainer(Trainer):
     Raises:
         ValueError: if a count is below 1, ``total_updates`` is not a multiple
             of ``optim_steps_per_batch``, or the data's windows of several steps
-            have another discount than the loss.
-        FileNotFoundError: from :meth:`resume`, if there is no checkpoint. A checkpoint of another
-            discount than the data's windows have is a ValueError.
+            have another discount than the loss, also that of a checkpoint in :meth:`resume`.
+        FileNotFoundError: from :meth:`resume`, if there is no checkpoint.
 
     Examples:
         >>> import torch
