@@ -10,12 +10,13 @@ there and makes every count of frames a count of gradient updates.
 resumption, for those who need no hooks of their own.
 
 ``python examples/with_trainer.py`` collects an OGBench data set on this
-machine, trains on it and runs an episode; curves go to ``--log-dir`` as csv files.
+machine, trains on it and runs ten episodes; curves go to ``--log-dir`` as csv files.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 from torchrl._utils import logger as torchrl_logger
@@ -35,6 +36,7 @@ from torchrl_evor import (
     ReturnFlow,
     VelocityMLP,
 )
+from torchrl_evor.envs import rollout_episodes
 from torchrl_evor.trainers import LossSumStepper, OfflineSource
 
 UPDATES_PER_TURN = 10  # of the trainer's outer loop, where it logs
@@ -124,12 +126,9 @@ def main() -> None:
     make_trainer(loss, data, args.updates, logger).train()
     choice = {"num_candidates": 16, "num_samples": 16, "tau_r": 30.0, "tau_q": 1.0}
     actor = EVORActor(loss.actor_network, loss.value_network, **choice)
-    env = OGBenchEnv(args.dataset)
-    env.set_seed(args.seed)
     with set_exploration_type(ExplorationType.RANDOM):
-        episode = env.rollout(env.simulator.max_episode_steps, actor)
-    success = bool(episode["next", "success"].any())
-    torchrl_logger.info("One episode: %d steps, success %s.", len(episode), success)
+        episodes = rollout_episodes(partial(OGBenchEnv, args.dataset), actor, 10, seed=args.seed)
+    torchrl_logger.info("Success in %d of 10 episodes.", episodes["success"].sum())
 
 
 if __name__ == "__main__":

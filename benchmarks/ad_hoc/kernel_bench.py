@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -146,8 +147,9 @@ def warm_all(table: Table, precisions) -> None:
     jobs = compiled + [(p, SCENARIOS["S1"], config) for p in precisions for config in tiles(p)]
     # One node, and four, are specialisations of the loop kernel; and the tables may choose tiles
     # that the search does not try.
+    sizes = [math.prod(shape) for shape in SCENARIOS.values()]
     for p in precisions:
-        own = {c for n in (256, 4096, 102400) for c in _shipped(n, Problem.width, p).values()}
+        own = {c for n in sizes for c in _shipped(n, Problem.width, p).values()}
         loops = [c for c in {*tiles(p), *own} if _path(c) == "loop"]
         jobs += [(p, SCENARIOS["S2"], c) for c in loops]
         jobs += [(p, NODES[1], c) for c in loops if c in own]

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["Verdict", "best_tiles", "crossover", "fastest_rows", "table", "verdicts"]
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 KERNELS = ("layered", "loop")
@@ -150,36 +150,36 @@ def fastest_rows(
         chosen (callable): name of the design that ``_config.py`` takes for a precision and a
             number of rows.
     """
-    entries = {}
-    for precision in sorted({row["precision"] for row in rows}):
-        wins: dict[int, bool] = {}
-        for count in sorted({_rows_count(row) for row in rows}):
-            some = [r for r in rows if r["precision"] == precision and _rows_count(r) == count]
-            compiled = _find(some, path="compiled", graph=True)
-            known = {"noise": "given", "graph": True, "shipped": True}
-            ours = _find(some, path=chosen(precision, count), weights="live", **known)
-            if compiled and ours:
-                wins[count] = compiled["ms"] >= MARGIN * ours["ms"]
-        run = _longest_run(wins)
-        if run:
-            entries[precision if precision != "fp32" else "tf32x3", width] = run
-    return entries
+    wins: dict[str, dict[int, bool]] = {}
+    known = {"noise": "given", "weights": "live", "graph": True, "shipped": True}
+    for precision, count, some in _sizes(rows):
+        compiled = _find(some, path="compiled", graph=True)
+        ours = _find(some, path=chosen(precision, count), **known)
+        if compiled and ours:
+            won = compiled["ms"] >= MARGIN * ours["ms"]
+            wins.setdefault(precision, {})[count] = won
+    runs = {precision: _longest_run(won) for precision, won in wins.items()}
+    names = {"fp32": "tf32x3"}
+    return {(names.get(key, key), width): run for key, run in runs.items() if run}
 
 
 def crossover(rows: list[dict]) -> list[str]:
     """Both designs by the tables' own tiles, size by size: where ``_LOOP_ROWS`` belongs."""
     lines = []
-    known = {"graph": True, "shipped": True, "noise": "given", "weights": "frozen"}
-    for precision in sorted({row["precision"] for row in rows}):
-        for count in sorted({_rows_count(row) for row in rows}):
-            some = [r for r in rows if r["precision"] == precision and _rows_count(r) == count]
-            layered, loop = (_find(some, path=path, **known) for path in KERNELS)
-            if layered and loop:
-                lines.append(
-                    f"{precision} {count} rows: loop {loop['ms']:.4f} ms, layered"
-                    f" {layered['ms']:.4f} ms"
-                )
+    known = {"noise": "given", "weights": "frozen", "graph": True, "shipped": True}
+    for precision, count, some in _sizes(rows):
+        layered, loop = (_find(some, path=path, **known) for path in KERNELS)
+        if layered and loop:
+            both = f"loop {loop['ms']:.4f} ms, layered {layered['ms']:.4f} ms"
+            lines.append(f"{precision} {count} rows: {both}")
     return lines
+
+
+def _sizes(rows: list[dict]) -> Iterator[tuple[str, int, list[dict]]]:
+    """Rows of one precision and size at a time, with these, from few to many."""
+    keys = {(row["precision"], _rows_count(row)) for row in rows}
+    for key in sorted(keys):
+        yield *key, [row for row in rows if (row["precision"], _rows_count(row)) == key]
 
 
 def _longest_run(wins: dict[int, bool]) -> tuple[int, int] | None:

@@ -16,22 +16,19 @@ import time
 from pathlib import Path
 
 import torch
+from kernel_path import ROOT  # sorts before the kernels, which it finds
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from kernel_path import ROOT  # noqa: E402, I001  before the kernels, which it finds
-from torchrl_evor.triton_kernels import (  # noqa: E402
+from torchrl_evor.triton_kernels import (
     _config,
     _launch,
     evor_select,
     pack_velocity_mlp,
     philox_normal,
 )
-from torchrl_evor.triton_kernels._steps import Steps  # noqa: E402
-from torchrl_evor.triton_kernels._torch_path import folded_sample  # noqa: E402
-from torchrl_evor.triton_kernels.packing import fold  # noqa: E402
-from torchrl_evor.triton_kernels.reference import (  # noqa: E402
+from torchrl_evor.triton_kernels._steps import Steps
+from torchrl_evor.triton_kernels._torch_path import folded_sample
+from torchrl_evor.triton_kernels.packing import fold
+from torchrl_evor.triton_kernels.reference import (
     evor_select_reference,
     sample_returns_reference,
 )

@@ -13,12 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernel_report as report  # conftest.py puts its folder on the path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks" / "ad_hoc"))
-
-import kernel_report as report  # noqa: E402
 
 _has_triton = importlib.util.find_spec("triton") is not None
 SHAPES = {"S1": (1, 32, 64), "S2": (256, 1, 1), "S3": (50, 32, 64)}

@@ -254,7 +254,11 @@ class FlowPolicyLoss(LossModule):
             return None
         return tensordict.get(self.tensor_keys.priority_weight, None)
 
-    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams):
+    def make_value_estimator(
+        self,
+        value_type: ValueEstimators | TD0Estimator | type[TD0Estimator] | None = None,
+        **hyperparams,
+    ):
         """Builds the estimator that holds the discount; see :class:`LossModule`.
 
         Args:
