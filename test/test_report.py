@@ -438,6 +438,32 @@ class TestReport:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert sorted(os.listdir(path.parent)) == [f"{ENV}.png", "report.md"]
 
+    def test_curves(self, root):
+        for tau_q, success, value in ((10.0, 0.5, -30.0), (1.0, 0.25, -10.0)):
+            for tau_r in (30.0, 100.0):
+                add(root, tau_q=tau_q, tau_r=tau_r, success=success, return_mean=value - tau_r)
+        add(root, method="bc", tau_q=None, tau_r=None)  # one draw: no temperature
+        rows = report.split(results_io.read_rows(root), ["tau_r", "tau_q"])
+        ((env, methods),) = report.group(rows).items()
+        assert env == ENV
+        assert report.curves(methods, "tau_q") == {
+            "evor tau_r=30.0": [(1.0, -40.0, 25.0), (10.0, -60.0, 50.0)],
+            "evor tau_r=100.0": [(1.0, -110.0, 25.0), (10.0, -130.0, 50.0)],
+        }
+
+    @pytest.mark.skipif(not _has_matplotlib, reason="matplotlib not installed")
+    def test_plot_of_curves(self, root):
+        for env, method in ((ENV, "evor"), (ENV, "qc"), ("scene-play", "evor")):
+            for tau_q in (1.0, 3.0):
+                add(root, env=env, method=method, tau_q=tau_q)
+        options = ("--split", "tau_q", "--curve", "tau_q", "--allow-single-seed")
+        text = run(root, "--plots", *options, "--reference", "evor tau_q=1.0")
+        assert "(./tau_q.png)" in text
+        path = root.parent / "report" / "tau_q.png"
+        assert path.read_bytes().startswith(b"\x89PNG")
+        with pytest.raises(ValueError, match="--curve must be one of .*tau_q, got 'nodes'"):
+            run(root, "--plots", *options[:2], "--curve", "nodes", "--allow-single-seed")
+
 
 class TestReadme:
     @pytest.fixture

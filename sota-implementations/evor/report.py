@@ -10,6 +10,7 @@
     python report.py --split tau_r                    shows each of them as a method of its own
     python report.py --same EVOR=evor,evor-5          one method in the table of all environments
     python report.py --mix num_updates                methods of different budgets in one table
+    python report.py --split tau_q --curve tau_q      draws each method along its temperatures
 
 Reads results/<env>/<method>.csv (see results_io.py), one row per trained seed and task. Per
 environment: mean and interquartile mean (IQM) of success with intervals by stratified bootstrap
@@ -23,6 +24,7 @@ import argparse
 import csv
 import dataclasses
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +56,8 @@ PLOTS = "@plots@"  # stands for the plots' folder as seen from the file that is 
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 # What all methods of one table must share; the remaining settings may differ between methods.
 SHARED = ("protocol", "num_transitions", "episodes", "num_updates")
+# Along what a curve can be drawn: the numbers that are chosen when acting.
+CURVES = ("num_candidates", "num_samples", "tau_r", "tau_q")
 # What belongs to an environment rather than to a method.
 OF_ENVIRONMENT = ("gamma",)
 
@@ -499,6 +503,44 @@ def _draw_mean(axis, y: int, table: np.ndarray, estimator: Estimator) -> None:
     axis.plot(mean(table), y, "|", color="C0", ms=16, mew=2)
 
 
+def curves(methods: list[Method], column: str) -> dict[str, list[tuple[float, float, float]]]:
+    """Name without ``column`` -> its values, each with mean return and mean success in percent."""
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    for method in methods:
+        value = setting(method.rows[0], column)
+        if value is None:  # it does not choose at all
+            continue
+        name = " ".join(word for word in method.name.split() if not word.startswith(f"{column}="))
+        at = float(value), float(method.returns.mean()), 100 * float(method.scores.mean())
+        points.setdefault(name, []).append(at)
+    return {name: sorted(values) for name, values in points.items()}
+
+
+def plot_curves(environments: dict[str, list[Method]], column: str, path: Path) -> None:
+    """Success against return along the values of ``column``, a curve for each method."""
+    if not _has_matplotlib:
+        raise ImportError("plots need matplotlib: pip install matplotlib, or pass --no-plots.")
+    import figures
+    from matplotlib.figure import Figure
+
+    drawn = {env: curves(methods, column) for env, methods in environments.items()}
+    names = sorted({name for points in drawn.values() for name in points})
+    figure = Figure(figsize=(1 + 5 * len(drawn), 4.5), layout="constrained")
+    for axis, (env, points) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items()):
+        for index, name in enumerate(names):
+            values, returns, success = zip(*points.get(name, [(math.nan,) * 3]))
+            axis.plot(returns, success, "o-", color=f"C{index % 10}", label=name)
+            for value, *at in zip(values, returns, success):
+                axis.annotate(
+                    f"{value:g}", at, (3, 3), textcoords="offset points", fontsize="x-small"
+                )
+        axis.set(title=env, xlabel="return (reward units)", ylabel="success (%)")
+        axis.grid(alpha=0.3)
+    figures.legend_beside(figure, axis)
+    figure.suptitle(f"along {column}, whose values stand at the points")
+    figures.save(figure, path, dpi=120)
+
+
 def renew(readme: Path, text: str) -> None:
     """Replaces what stands between the two markers."""
     content = readme.read_text(encoding="utf-8")
@@ -514,6 +556,8 @@ def build(args: argparse.Namespace) -> str:
     """The report's text; writes the plots on the way."""
     if unknown := sorted(set(args.mix) - set(SHARED)):
         raise ValueError(f"--mix must be one of {', '.join(SHARED)}, got {unknown}.")
+    if args.curve not in (None, *CURVES):
+        raise ValueError(f"--curve must be one of {', '.join(CURVES)}, got {args.curve!r}.")
     environments = group(split(select(read_rows(args.results), args.where), args.split), args.mix)
     names = {method.name for methods in environments.values() for method in methods}
     same = parse_same(args.same, names)
@@ -529,6 +573,9 @@ def build(args: argparse.Namespace) -> str:
     ]
     if len(environments) > 1:
         sections.insert(0, overall_section(environments, references, estimator, same))
+    if args.curve is not None and args.plots:
+        plot_curves(environments, args.curve, args.output / f"{args.curve}.png")
+        sections.append(f"![Success against return along {args.curve}]({PLOTS}/{args.curve}.png)")
     for env, methods in environments.items() if args.plots else ():
         plot_environment(env, methods, estimator, args.output / f"{env}.png")
         sections.append(f"![Success on {env}]({PLOTS}/{env}.png)")
@@ -564,6 +611,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--mix", action="append", default=[], metavar="COLUMN", help=text)
     text = "method that the others are compared with, one for each use; evor by default"
     add("--reference", action="append", metavar="METHOD", help=text)
+    add("--curve", metavar="COLUMN", help="draws success against return along its values")
     text = "what is one method in the table of all environments, under whatever name in each"
     add("--same", action="append", default=[], metavar="NAME=METHOD,METHOD", help=text)
     add("--num-resamples", type=int, default=2000, help="bootstrap resamples")
