@@ -443,6 +443,7 @@ class TestReport:
             for tau_r in (30.0, 100.0):
                 add(root, tau_q=tau_q, tau_r=tau_r, success=success, return_mean=value - tau_r)
         add(root, method="bc", tau_q=None, tau_r=None)  # one draw: no temperature
+        add(root, method="qc", tau_q=1.0)  # one value: no curve
         rows = report.split(results_io.read_rows(root), ["tau_r", "tau_q"])
         ((env, methods),) = report.group(rows).items()
         assert env == ENV

@@ -504,7 +504,10 @@ def _draw_mean(axis, y: int, table: np.ndarray, estimator: Estimator) -> None:
 
 
 def curves(methods: list[Method], column: str) -> dict[str, list[tuple[float, float, float]]]:
-    """Name without ``column`` -> its values, each with mean return and mean success in percent."""
+    """Name without ``column`` -> its values, each with mean return and mean success in percent.
+
+    Of methods that have several.
+    """
     points: dict[str, list[tuple[float, float, float]]] = {}
     for method in methods:
         value = setting(method.rows[0], column)
@@ -513,7 +516,7 @@ def curves(methods: list[Method], column: str) -> dict[str, list[tuple[float, fl
         name = " ".join(word for word in method.name.split() if not word.startswith(f"{column}="))
         at = float(value), float(method.returns.mean()), 100 * float(method.scores.mean())
         points.setdefault(name, []).append(at)
-    return {name: sorted(values) for name, values in points.items()}
+    return {name: sorted(values) for name, values in points.items() if len(values) > 1}
 
 
 def plot_curves(environments: dict[str, list[Method]], column: str, path: Path) -> None:
@@ -538,7 +541,7 @@ def plot_curves(environments: dict[str, list[Method]], column: str, path: Path) 
         axis.grid(alpha=0.3)
     figures.legend_beside(figure, axis)
     figure.suptitle(f"along {column}, whose values stand at the points")
-    figures.save(figure, path, dpi=120)
+    figures.save(figure, path, dpi=120, bbox_inches="tight")  # with the legend
 
 
 def renew(readme: Path, text: str) -> None:
