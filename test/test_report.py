@@ -452,6 +452,29 @@ class TestReport:
             "evor tau_r=100.0": [(1.0, -110.0, 25.0), (10.0, -130.0, 50.0)],
         }
 
+    def test_best(self, root):
+        for env, returns in ((ENV, (-10.0, -30.0)), ("scene-play", (-30.0, -20.0))):
+            for tau_q, value in zip((1.0, 3.0), returns):
+                for seed in range(2):
+                    options = {"env": env, "seed": seed, "return_mean": value + seed}
+                    add(root, tau_q=tau_q, success=tau_q / 10, **options)
+            add(root, env=env, method="bc", success=0.0, tau_q=None)
+        text = run(root, "--best", "tau_q", "--allow-single-seed", "--where", "evor:seed=0")
+        assert cells(text, "evor")[2] == "20.0 (1 seed)"  # 10 and 30 percent, at 1 and at 3
+        rows = report.best(results_io.read_rows(root), ["tau_q"])
+        chosen = {(row.env, row.method): row.tau_q for row in rows}
+        assert chosen == {
+            (ENV, "evor"): 1.0,
+            (ENV, "bc"): None,
+            ("scene-play", "evor"): 3.0,
+            ("scene-play", "bc"): None,
+        }
+        with pytest.raises(ValueError, match=r"--best must be one of .*, got \['success'\]"):
+            run(root, "--best", "success")
+        add(root, tau_q=1.0, seed=2)
+        with pytest.raises(ValueError, match="evor: --best needs the same tasks and seeds"):
+            run(root, "--best", "tau_q")
+
     @pytest.mark.skipif(not _has_matplotlib, reason="matplotlib not installed")
     def test_plot_of_curves(self, root):
         for env, method in ((ENV, "evor"), (ENV, "qc"), ("scene-play", "evor")):

@@ -11,6 +11,7 @@
     python report.py --same EVOR=evor,evor-5          one method in the table of all environments
     python report.py --mix num_updates                methods of different budgets in one table
     python report.py --split tau_q --curve tau_q      draws each method along its temperatures
+    python report.py --best tau_r --best tau_q        each method as it returns most, by environment
 
 Reads results/<env>/<method>.csv (see results_io.py), one row per trained seed and task. Per
 environment: mean and interquartile mean (IQM) of success with intervals by stratified bootstrap
@@ -216,6 +217,26 @@ def split(rows: list[ResultRow], columns: list[str]) -> list[ResultRow]:
     return rows
 
 
+def best(rows: list[ResultRow], columns: list[str]) -> list[ResultRow]:
+    """Of each method's values of some settings, those of the best mean return, by environment."""
+    if unknown := sorted(set(columns) - set(SETTINGS)):
+        raise ValueError(f"--best must be one of {', '.join(SETTINGS)}, got {unknown}.")
+    readings: dict[tuple, dict[tuple, list[ResultRow]]] = {}
+    for row in rows:
+        values = tuple(getattr(row, column) for column in columns)
+        readings.setdefault((row.env, row.method), {}).setdefault(values, []).append(row)
+    kept = []
+    for (env, method), groups in readings.items():
+        runs = {tuple(sorted((row.task, row.seed) for row in group)) for group in groups.values()}
+        if len(runs) > 1:
+            raise ValueError(
+                f"{env}, {method}: --best needs the same tasks and seeds for each of "
+                f"{', '.join(columns)}, got {sorted(map(len, groups.values()))} runs."
+            )
+        kept += max(groups.values(), key=lambda group: np.mean([row.return_mean for row in group]))
+    return kept
+
+
 def setting(row: ResultRow, name: str) -> object:
     """A setting of a row, or of its training; None if it says nothing of it."""
     return getattr(row, name) if name in SETTINGS else parse_training(row.training).get(name)
@@ -405,6 +426,7 @@ def overall_section(
     references: list[str],
     estimator: Estimator,
     same: dict[str, str],
+    free: Sequence[str],
 ) -> str:
     """All tasks of all environments, for the methods that were run on each of them."""
     by_name: dict[str, list[Method]] = {}
@@ -419,7 +441,7 @@ def overall_section(
         if len(parts) < len(environments):
             missing.append(name)
             continue
-        _check_poolable(name, parts)
+        _check_poolable(name, parts, free)
         if len(set(seeds)) > 1:
             notes.append(f"{name} is left out: {seeds} seeds, not the same number everywhere.")
         else:
@@ -437,12 +459,15 @@ def overall_section(
     return "\n\n".join([f"### All {len(environments)} environments", *body, *notes])
 
 
-def _check_poolable(name: str, parts: list[Method]) -> None:
-    """One method over several environments has one protocol, and under one name one setting."""
+def _check_poolable(name: str, parts: list[Method], free: Sequence[str]) -> None:
+    """One method over several environments has one protocol, and under one name one setting.
+
+    But for those that are ``free``, chosen for each environment.
+    """
     settings = [settings_of(part.rows[0]) for part in parts]
     one_name = len({part.name for part in parts}) == 1
     names = {key for each in settings for key in each} if one_name else {*SHARED, "data"}
-    for key in sorted(names - set(OF_ENVIRONMENT)):
+    for key in sorted(names - {*OF_ENVIRONMENT, *free}):
         values = {part.rows[0].env: each.get(key) for part, each in zip(parts, settings)}
         if len(set(values.values())) > 1:
             raise ValueError(f"{name}: different {key} would be averaged: {values}.")
@@ -561,7 +586,8 @@ def build(args: argparse.Namespace) -> str:
         raise ValueError(f"--mix must be one of {', '.join(SHARED)}, got {unknown}.")
     if args.curve not in (None, *CURVES):
         raise ValueError(f"--curve must be one of {', '.join(CURVES)}, got {args.curve!r}.")
-    environments = group(split(select(read_rows(args.results), args.where), args.split), args.mix)
+    rows = split(select(read_rows(args.results), args.where), args.split)
+    environments = group(best(rows, args.best) if args.best else rows, args.mix)
     names = {method.name for methods in environments.values() for method in methods}
     same = parse_same(args.same, names)
     names |= set(same.values())
@@ -575,7 +601,7 @@ def build(args: argparse.Namespace) -> str:
         for env, methods in environments.items()
     ]
     if len(environments) > 1:
-        sections.insert(0, overall_section(environments, references, estimator, same))
+        sections.insert(0, overall_section(environments, references, estimator, same, args.best))
     if args.curve is not None and args.plots:
         plot_curves(environments, args.curve, args.output / f"{args.curve}.png")
         sections.append(f"![Success against return along {args.curve}]({PLOTS}/{args.curve}.png)")
@@ -610,6 +636,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="COLUMN",
         help="a method for each value; a setting of the training will do",
     )
+    text = "keeps the values of the best mean return, for each method and environment"
+    add("--best", action="append", default=[], metavar="COLUMN", help=text)
     text = "what may differ between the methods of a table nevertheless, one for each use"
     add("--mix", action="append", default=[], metavar="COLUMN", help=text)
     text = "method that the others are compared with, one for each use; evor by default"
