@@ -25,7 +25,6 @@ import argparse
 import csv
 import dataclasses
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -490,8 +489,6 @@ def parse_same(options: list[str], names: set[str]) -> dict[str, str]:
 
 def plot_environment(env: str, methods: list[Method], estimator: Estimator, path: Path) -> None:
     """Mean success and return with intervals, dots for single seeds; success by task beside."""
-    if not _has_matplotlib:
-        raise ImportError("plots need matplotlib: pip install matplotlib, or pass --no-plots.")
     import figures
     from matplotlib.figure import Figure
 
@@ -546,8 +543,6 @@ def curves(methods: list[Method], column: str) -> dict[str, list[tuple[float, fl
 
 def plot_curves(environments: dict[str, list[Method]], column: str, path: Path) -> None:
     """Success against return along the values of ``column``, a curve for each method."""
-    if not _has_matplotlib:
-        raise ImportError("plots need matplotlib: pip install matplotlib, or pass --no-plots.")
     import figures
     from matplotlib.figure import Figure
 
@@ -556,9 +551,10 @@ def plot_curves(environments: dict[str, list[Method]], column: str, path: Path) 
     figure = Figure(figsize=(1 + 5 * len(drawn), 4.5), layout="constrained")
     for axis, (env, points) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items()):
         for index, name in enumerate(names):
-            values, returns, success = zip(*points.get(name, [(math.nan,) * 3]))
+            here = points.get(name, [])
+            returns, success = ([point[i] for point in here] for i in (1, 2))
             axis.plot(returns, success, "o-", color=f"C{index % 10}", label=name)
-            for value, *at in zip(values, returns, success):
+            for value, *at in here:
                 axis.annotate(
                     f"{value:g}", at, (3, 3), textcoords="offset points", fontsize="x-small"
                 )
@@ -586,8 +582,10 @@ def build(args: argparse.Namespace) -> str:
         raise ValueError(f"--mix must be one of {', '.join(SHARED)}, got {unknown}.")
     if args.curve not in (None, *CURVES):
         raise ValueError(f"--curve must be one of {', '.join(CURVES)}, got {args.curve!r}.")
+    if args.plots and not _has_matplotlib:
+        raise ImportError("plots need matplotlib: pip install matplotlib, or pass --no-plots.")
     rows = split(select(read_rows(args.results), args.where), args.split)
-    environments = group(best(rows, args.best) if args.best else rows, args.mix)
+    environments = group(best(rows, args.best), args.mix)
     names = {method.name for methods in environments.values() for method in methods}
     same = parse_same(args.same, names)
     names |= set(same.values())
