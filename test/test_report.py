@@ -374,7 +374,7 @@ class TestReport:
             add(root, method="scalar", seed=seed, tau_r=30.0, training=training)
         text = run(root, "--split", "tau_r", "--split", "value_spread", "--reference", "bc")
         assert cells(text, "scalar value_spread=4") and cells(text, "scalar value_spread=8")
-        with pytest.raises(ValueError, match="--split must be one of .*got 'seed'"):
+        with pytest.raises(ValueError, match=r"--split must be one of .*got \['seed'\]"):
             run(root, "--split", "seed")
 
     def test_references(self, root):
@@ -474,6 +474,19 @@ class TestReport:
         add(root, tau_q=1.0, seed=2)
         with pytest.raises(ValueError, match="evor: --best needs the same tasks and seeds"):
             run(root, "--best", "tau_q")
+
+    def test_best_of_a_setting_of_the_training(self, root):
+        """Chosen for each environment, so that the table of all of them holds both."""
+        for env, better in ((ENV, 8), ("scene-play", 4)):
+            for spread in (4, 8):
+                success = 0.75 if spread == better else 0.25
+                for seed in range(2):
+                    training = f"lr=0.001 value_spread={spread}"
+                    options = {"seed": seed, "training": training, "success": success}
+                    add(root, env=env, return_mean=100 * success, **options)
+        text = run(root, "--best", "value_spread")
+        assert text.count("\n| evor | 2 × 1 | 75.0 [75.0, 75.0] |") == 2
+        assert text.count("\n| evor | 2 × 2 | 75.0 [75.0, 75.0] |") == 1
 
     @pytest.mark.skipif(not _has_matplotlib, reason="matplotlib not installed")
     def test_plot_of_curves(self, root):

@@ -197,13 +197,8 @@ def select(rows: list[ResultRow], conditions: list[str]) -> list[ResultRow]:
 
 def split(rows: list[ResultRow], columns: list[str]) -> list[ResultRow]:
     """Makes each value of the settings a method of its own, for methods that have several."""
+    check_settings("--split", columns, rows)
     for column in columns:
-        known = [
-            *SETTINGS,
-            *sorted({name for row in rows for name in parse_training(row.training)}),
-        ]
-        if column not in known:
-            raise ValueError(f"--split must be one of {', '.join(known)}, got {column!r}.")
         values: dict[str, set] = {}
         for row in rows:
             values.setdefault(row.method, set()).add(setting(row, column))
@@ -218,11 +213,10 @@ def split(rows: list[ResultRow], columns: list[str]) -> list[ResultRow]:
 
 def best(rows: list[ResultRow], columns: list[str]) -> list[ResultRow]:
     """Of each method's values of some settings, those of the best mean return, by environment."""
-    if unknown := sorted(set(columns) - set(SETTINGS)):
-        raise ValueError(f"--best must be one of {', '.join(SETTINGS)}, got {unknown}.")
+    check_settings("--best", columns, rows)
     readings: dict[tuple, dict[tuple, list[ResultRow]]] = {}
     for row in rows:
-        values = tuple(getattr(row, column) for column in columns)
+        values = tuple(setting(row, column) for column in columns)
         readings.setdefault((row.env, row.method), {}).setdefault(values, []).append(row)
     kept = []
     for (env, method), groups in readings.items():
@@ -234,6 +228,13 @@ def best(rows: list[ResultRow], columns: list[str]) -> list[ResultRow]:
             )
         kept += max(groups.values(), key=lambda group: np.mean([row.return_mean for row in group]))
     return kept
+
+
+def check_settings(option: str, columns: list[str], rows: list[ResultRow]) -> None:
+    """Names a column that is no setting of the rows or of their training."""
+    known = [*SETTINGS, *sorted({name for row in rows for name in parse_training(row.training)})]
+    if unknown := sorted(set(columns) - set(known)):
+        raise ValueError(f"{option} must be one of {', '.join(known)}, got {unknown}.")
 
 
 def setting(row: ResultRow, name: str) -> object:
