@@ -188,17 +188,18 @@ class TestByHand:
         assert 0 < losses["loss_actor"][1] < full["loss_actor"][1]
         assert batch["td_error"].tolist() == [batch["td_error"][0].item(), 0.0, 0.0]
         assert batch["td_error"][0] > 0
-        # The actor's gradient of padded coordinates is zero.
-        (gradient,) = torch.autograd.grad(
-            losses["loss_actor"].sum(),
-            [loss.actor_network_params["module", "velocity_network", "net", "2", "bias"]],
-        )
+
+    @pytest.mark.parametrize("size", [1, 2, 3])
+    def test_padded_steps_do_not_reach_the_policy(self, size):
+        """The ``size`` coordinates of a step lie side by side in a flattened chunk."""
+        batch = make_batch(3)
+        batch["action"] = torch.rand(3, 2 * size) * 2 - 1
         batch["action_is_pad"] = torch.tensor([[False, True]]).expand(3, 2)
-        (gradient,) = torch.autograd.grad(
-            seeded_call(loss, batch)["loss_actor"].sum(),
-            [loss.actor_network_params["module", "velocity_network", "net", "2", "bias"]],
-        )
-        assert gradient[0] != 0 and gradient[1] == 0
+        network = VelocityMLP(OBS + 2 * size + 1, 2 * size, hidden_sizes=(8,))
+        loss = CriticLoss(FlowMatchingPolicy(network, 2 * size), make_critic())
+        bias = loss.actor_network_params["module", "velocity_network", "net", "2", "bias"]
+        (gradient,) = torch.autograd.grad(loss.actor_loss(batch)[0], [bias])
+        assert (gradient[:size] != 0).all() and (gradient[size:] == 0).all()
 
 
 class Table(nn.Module):
