@@ -294,6 +294,14 @@ class TestSelect:
         torch.testing.assert_close(value, values[torch.arange(4), index])
         torch.testing.assert_close(action, candidates[torch.arange(4), index])
 
+    @torch.no_grad()
+    def test_random_nodes_are_each_candidates_own(self):
+        observation, candidates = torch.zeros(2, 3), torch.zeros(2, 8, 2)
+        flow = self.flow()
+        assert flow.why_not_fused(observation, candidates) is None
+        options = {"tau_r": INF, "num_samples": 4, "nodes": "random"}
+        assert len(flow.select(observation, candidates, **options)[2].unique()) == 2 * 8
+
     def test_units_of_each_leading_index(self):
         """Without a stack of networks too: every state of an index in its own units."""
         network = VelocityMLP(3 + 2 + 2, hidden_sizes=(8,))
