@@ -200,6 +200,17 @@ class TestCandidates:
 
 
 class TestAnyPolicy:
+    def test_a_flow_that_may_read_its_noise_draws_it(self):
+        """All candidates would be made from one draw."""
+        keys = {"in_keys": ["observation", "noise"]}
+        policy = FlowMatchingPolicy(VelocityMLP(2 + 2 + 1, 2, hidden_sizes=(4,)), 2, **keys)
+        actor = EVORActor(policy, make_actor().returns, num_candidates=8, return_candidates=True)
+        assert actor.in_keys == ["observation"]
+        data = observations(3)
+        assert len(actor(data)["candidates"].unique(dim=1)[0]) == 8
+        data["noise"] = torch.zeros(3, 2)
+        assert len(actor(data)["candidates"].unique(dim=1)[0]) == 8
+
     def probabilistic(self, **kwargs):
         head = nn.Sequential(nn.Linear(2, 4), NormalParamExtractor())
         module = TensorDictModule(head, in_keys=["observation"], out_keys=["loc", "scale"])
@@ -482,13 +493,6 @@ class TestBadInput:
     def test_options(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             make_actor(**kwargs)
-
-    def test_policy_that_reads_its_noise(self):
-        """All candidates would be made from one draw."""
-        keys = {"in_keys": ["observation", "noise"]}
-        policy = FlowMatchingPolicy(VelocityMLP(2 + 2 + 1, 2, hidden_sizes=(4,)), 2, **keys)
-        with pytest.raises(ValueError, match=r"policy must draw its noise, got .*'noise'\]"):
-            EVORActor(policy, make_actor().returns)
 
 
 if __name__ == "__main__":

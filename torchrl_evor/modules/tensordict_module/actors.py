@@ -124,7 +124,8 @@ class EVORActor(TensorDictModuleBase):
 
     .. note::
         Candidates stay random in every exploration mode: a zero latent would
-        collapse them into one. Under ``ExplorationType.DETERMINISTIC`` (the
+        collapse them into one. So would one noise for all, so that a flow that
+        may read its noise draws it here. Under ``ExplorationType.DETERMINISTIC`` (the
         default of TorchRL's ``Evaluator``), ``MODE`` and ``MEAN`` the best
         candidate is taken whatever ``tau_q`` is.
 
@@ -136,8 +137,8 @@ class EVORActor(TensorDictModuleBase):
     Raises:
         ValueError: if a count is below 1, a temperature negative, ``nodes``,
             ``backend`` or ``precision`` unknown, the policy does not write the
-            action that ``returns`` reads, it reads its noise, or it writes a
-            state of its own for the next step.
+            action that ``returns`` reads, or it writes a state of its own for
+            the next step.
 
     Examples:
         >>> import torch
@@ -165,11 +166,6 @@ class EVORActor(TensorDictModuleBase):
         return_candidates: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(getattr(policy, "module", None), FlowMatchingModel) and policy.in_keys[1:]:
-            raise ValueError(
-                f"policy must draw its noise, got one that reads {policy.in_keys}: its candidates "
-                "would all be the same."
-            )
         memory = [key for key in policy.out_keys if isinstance(key, tuple) and key[0] == "next"]
         if memory:
             # Of which candidate? The state would be lost without a word.
@@ -191,10 +187,16 @@ class EVORActor(TensorDictModuleBase):
                 f"policy must write the action that returns reads, {action_key!r}, "
                 f"got a policy that writes {policy.out_keys}."
             )
-        self.in_keys = list(dict.fromkeys([*policy.in_keys, returns.in_keys[0]]))
+        self.in_keys = list(dict.fromkeys([*self._policy_keys, returns.in_keys[0]]))
         self.out_keys = [action_key, *returns.out_keys]
         if return_candidates:
             self.out_keys += ["candidates", "candidate_values"]
+
+    @property
+    def _policy_keys(self) -> list[NestedKey]:
+        # A flow that may read its noise draws it here, or its candidates would all be the same.
+        is_flow = hasattr(getattr(self.policy, "module", None), "velocity")
+        return self.policy.in_keys[:1] if is_flow else self.policy.in_keys
 
     def candidates(self, tensordict: TensorDictBase) -> Tensor:
         """Draws ``num_candidates`` actions of the base policy, ``[*B, P, act]``."""
@@ -207,7 +209,7 @@ class EVORActor(TensorDictModuleBase):
                 key: leaf.unsqueeze(axis).expand(
                     *leaf.shape[:axis], self.num_candidates, *leaf.shape[axis:]
                 )
-                for key in self.policy.in_keys
+                for key in self._policy_keys
                 for leaf in [tensordict[key]]
             }
         )
