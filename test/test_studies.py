@@ -524,7 +524,7 @@ def test_stitch_study(root):
         "loss.improved.num_candidates=2",
         "device=cpu",
     )
-    rows = check_outputs(root, "stitch", "pointmaze-medium-stitch", 10)
+    rows = check_outputs(root, "stitch", "pointmaze-medium-stitch", 12)
     seconds = [float(r["train_seconds"]) for r in rows if r["method"] == "improved"]
     assert len(seconds) == 2 and 0 < seconds[0] < seconds[1]
 
