@@ -197,7 +197,6 @@ def select(rows: list[ResultRow], conditions: list[str]) -> list[ResultRow]:
 
 def split(rows: list[ResultRow], columns: list[str]) -> list[ResultRow]:
     """Makes each value of the settings a method of its own, for methods that have several."""
-    check_settings("--split", columns, rows)
     for column in columns:
         values: dict[str, set] = {}
         for row in rows:
@@ -213,7 +212,6 @@ def split(rows: list[ResultRow], columns: list[str]) -> list[ResultRow]:
 
 def best(rows: list[ResultRow], columns: list[str]) -> list[ResultRow]:
     """Of each method's values of some settings, those of the best mean return, by environment."""
-    check_settings("--best", columns, rows)
     readings: dict[tuple, dict[tuple, list[ResultRow]]] = {}
     for row in rows:
         values = tuple(setting(row, column) for column in columns)
@@ -230,10 +228,14 @@ def best(rows: list[ResultRow], columns: list[str]) -> list[ResultRow]:
     return kept
 
 
-def check_settings(option: str, columns: list[str], rows: list[ResultRow]) -> None:
-    """Names a column that is no setting of the rows or of their training."""
-    known = [*SETTINGS, *sorted({name for row in rows for name in parse_training(row.training)})]
-    if unknown := sorted(set(columns) - set(known)):
+def known_settings(rows: list[ResultRow]) -> list[str]:
+    """Names of the settings of the rows and of their training."""
+    return [*SETTINGS, *sorted({name for row in rows for name in parse_training(row.training)})]
+
+
+def check_known(option: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Names what an option that may be used several times does not know."""
+    if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"{option} must be one of {', '.join(known)}, got {unknown}.")
 
 
@@ -579,19 +581,20 @@ def renew(readme: Path, text: str) -> None:
 
 def build(args: argparse.Namespace) -> str:
     """The report's text; writes the plots on the way."""
-    if unknown := sorted(set(args.mix) - set(SHARED)):
-        raise ValueError(f"--mix must be one of {', '.join(SHARED)}, got {unknown}.")
+    check_known("--mix", args.mix, SHARED)
     if args.curve not in (None, *CURVES):
         raise ValueError(f"--curve must be one of {', '.join(CURVES)}, got {args.curve!r}.")
     if args.plots and not _has_matplotlib:
         raise ImportError("plots need matplotlib: pip install matplotlib, or pass --no-plots.")
-    rows = split(select(read_rows(args.results), args.where), args.split)
-    environments = group(best(rows, args.best), args.mix)
+    rows = select(read_rows(args.results), args.where)
+    settings = known_settings(rows)
+    check_known("--split", args.split, settings)
+    check_known("--best", args.best, settings)
+    environments = group(best(split(rows, args.split), args.best), args.mix)
     names = {method.name for methods in environments.values() for method in methods}
     same = parse_same(args.same, names)
     names |= set(same.values())
-    if args.reference is not None and (unknown := sorted(set(args.reference) - names)):
-        raise ValueError(f"--reference must be one of {sorted(names)}, got {unknown}.")
+    check_known("--reference", args.reference or (), sorted(names))
     references = ["evor"] if args.reference is None else args.reference
     published = read_published(args.published)
     estimator = Estimator(args.num_resamples, args.confidence, args.seed, args.allow_single_seed)

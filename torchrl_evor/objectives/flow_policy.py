@@ -17,7 +17,7 @@ from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
 from torchrl_evor.modules.functional import check_choice, interpolate
-from torchrl_evor.modules.tensordict_module.actors import FlowMatchingPolicy
+from torchrl_evor.modules.tensordict_module.actors import FlowMatchingPolicy, is_flow_policy
 
 __all__ = ["FlowPolicyLoss"]
 
@@ -95,7 +95,7 @@ class FlowPolicyLoss(LossModule):
     ) -> None:
         self._in_keys = None
         super().__init__()
-        if not hasattr(getattr(actor_network, "module", None), "velocity"):
+        if not is_flow_policy(actor_network):
             raise TypeError(f"actor_network must be a FlowMatchingPolicy, got {actor_network!r}.")
         self.next_action = next_action
         self.reduction = check_choice("reduction", reduction or "mean", ("none", "mean", "sum"))

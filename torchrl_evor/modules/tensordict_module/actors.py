@@ -29,6 +29,11 @@ __all__ = ["EVORActor", "FlowMatchingPolicy"]
 ARGMAX_MODES = (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN)
 
 
+def is_flow_policy(policy: nn.Module) -> bool:
+    """Whether a policy has a velocity field, as this package's and TorchRL's own do."""
+    return hasattr(getattr(policy, "module", None), "velocity")
+
+
 class FlowMatchingPolicy(TensorDictModule):
     """Policy that samples actions by flow matching.
 
@@ -195,8 +200,7 @@ class EVORActor(TensorDictModuleBase):
     @property
     def _policy_keys(self) -> list[NestedKey]:
         # A flow that may read its noise draws it here, or its candidates would all be the same.
-        is_flow = hasattr(getattr(self.policy, "module", None), "velocity")
-        return self.policy.in_keys[:1] if is_flow else self.policy.in_keys
+        return self.policy.in_keys[:1] if is_flow_policy(self.policy) else self.policy.in_keys
 
     def candidates(self, tensordict: TensorDictBase) -> Tensor:
         """Draws ``num_candidates`` actions of the base policy, ``[*B, P, act]``."""
