@@ -17,6 +17,7 @@ RECIPE = Path(__file__).resolve().parents[1] / "sota-implementations" / "evor"
 sys.path.insert(0, str(RECIPE))
 
 import report  # noqa: E402
+import report_methods  # noqa: E402
 import results_io  # noqa: E402
 
 _has_matplotlib = importlib.util.find_spec("matplotlib") is not None
@@ -444,10 +445,10 @@ class TestReport:
                 add(root, tau_q=tau_q, tau_r=tau_r, success=success, return_mean=value - tau_r)
         add(root, method="bc", tau_q=None, tau_r=None)  # one draw: no temperature
         add(root, method="qc", tau_q=1.0)  # one value: no curve
-        rows = report.split(results_io.read_rows(root), ["tau_r", "tau_q"])
-        ((env, methods),) = report.group(rows).items()
+        rows = report_methods.split(results_io.read_rows(root), ["tau_r", "tau_q"])
+        ((env, methods),) = report_methods.group(rows).items()
         assert env == ENV
-        assert report.curves(methods, "tau_q") == {
+        assert report_methods.curves(methods, "tau_q") == {
             "evor tau_r=30.0": [(1.0, -40.0, 25.0), (10.0, -60.0, 50.0)],
             "evor tau_r=100.0": [(1.0, -110.0, 25.0), (10.0, -130.0, 50.0)],
         }
@@ -461,7 +462,7 @@ class TestReport:
             add(root, env=env, method="bc", success=0.0, tau_q=None)
         text = run(root, "--best", "tau_q", "--allow-single-seed", "--where", "evor:seed=0")
         assert cells(text, "evor")[2] == "20.0 (1 seed)"  # 10 and 30 percent, at 1 and at 3
-        rows = report.best(results_io.read_rows(root), ["tau_q"])
+        rows = report_methods.best(results_io.read_rows(root), ["tau_q"])
         chosen = {(row.env, row.method): row.tau_q for row in rows}
         assert chosen == {
             (ENV, "evor"): 1.0,

@@ -22,7 +22,7 @@ import train_baseline
 import utils
 import value_study
 from omegaconf import DictConfig, OmegaConf
-from report import number, table
+from report_tables import number, table
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm

@@ -28,7 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from matplotlib import pyplot as plt
 from maze_walk import MazeWalk
 from omegaconf import DictConfig
-from report import Estimator, table
+from report_tables import Estimator, table
 from torch import Tensor
 from torchrl.objectives import SoftUpdate
 from tqdm import tqdm
