@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -20,9 +18,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from _recipe_cases import RECIPE, SMALL, TASK, run
 from tensordict import TensorDict
 
-RECIPE = Path(__file__).resolve().parents[1] / "sota-implementations" / "evor"
 sys.path.insert(0, str(RECIPE))
 
 _has_extras = all(
@@ -31,64 +29,15 @@ _has_extras = all(
 )
 pytestmark = pytest.mark.skipif(not _has_extras, reason="needs the extras [all]")
 
-TASK = "pointmaze-medium-navigate"
-SMALL = [
-    "data.num_transitions=4000",
-    "data.n_step=20",
-    "data.batch_size=16",
-    "policy.hidden_sizes=[16,16]",
-    "value.hidden_sizes=[16,16]",
-    "actor.num_candidates=2",
-    "actor.num_samples=2",
-    "eval.interval=0",
-    "eval.final_episodes=1",
-    "logger.interval=2",
-    "optim.schedule=constant",
-    "device=cpu",
-]
 
-
-SMALL_MANY = [
-    "data.num_transitions=4000",
-    "hidden_sizes=[16,16]",
-    "actor.num_candidates=2",
-    "actor.num_samples=2",
-    "eval.episodes=1",
-    "eval.processes=1",
-    "device=cpu",
-]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """One folder, and so one collection of data, for all runs."""
-    return tmp_path_factory.mktemp("recipe")
-
-
-def run(script: str, root: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(RECIPE / script), f"data.root={root / 'data'}", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=600
-    )
-
-
-def check(root: Path, *overrides: str) -> None:
+def check(recipe_root: Path, *overrides: str) -> None:
     """What evor.py does before any work."""
     import utils
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(RECIPE), version_base="1.3"):
-        cfg = compose("config", overrides=[*SMALL, f"data.root={root / 'data'}", *overrides])
+        cfg = compose("config", overrides=[*SMALL, f"data.root={recipe_root / 'data'}", *overrides])
     utils.check_config(cfg)
-
-
-@pytest.fixture(scope="module")
-def short_run(root):
-    """Four updates of the smallest agent."""
-    result = run("evor.py", root, *SMALL, "optim.num_updates=4", f"hydra.run.dir={root / 'short'}")
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result, root / "short"
 
 
 def component(checkpoint: Path, name: str):
@@ -106,34 +55,34 @@ class TestRun:
         assert {"loss_actor", "loss_value", "success"} <= logged
         assert component(output / "checkpoint", "progress")["step"] == 4
 
-    def test_resumed_run_is_the_uninterrupted_run(self, root, short_run):
+    def test_resumed_run_is_the_uninterrupted_run(self, recipe_root, short_run):
         longer = [*SMALL, "optim.num_updates=8"]  # at a constant rate, which does not know it
         resumed = run(
             "evor.py",
-            root,
+            recipe_root,
             *longer,
             f"resume={short_run[1] / 'checkpoint'}",
-            f"hydra.run.dir={root / 'resumed'}",
+            f"hydra.run.dir={recipe_root / 'resumed'}",
         )
-        whole = run("evor.py", root, *longer, f"hydra.run.dir={root / 'whole'}")
+        whole = run("evor.py", recipe_root, *longer, f"hydra.run.dir={recipe_root / 'whole'}")
         assert resumed.returncode == 0, resumed.stderr[-2000:]
         assert whole.returncode == 0, whole.stderr[-2000:]
         histories = [
-            component(root / name / "checkpoint", "progress")["history"]["train"]
+            component(recipe_root / name / "checkpoint", "progress")["history"]["train"]
             for name in ("resumed", "whole")
         ]
         assert [row["step"] for row in histories[0]] == [2, 4, 6, 8]
         assert histories[0] == histories[1]
 
 
-def test_chunks_of_actions_and_an_ensemble(root):
+def test_chunks_of_actions_and_an_ensemble(recipe_root):
     """The whole way in chunks of three actions by two flows, up to a study of the finished run."""
     import studies
 
-    output = root / "chunks"
+    output = recipe_root / "chunks"
     result = run(
         "evor.py",
-        root,
+        recipe_root,
         *SMALL,
         "chunk_size=3",
         "value.num_flows=2",
@@ -146,7 +95,7 @@ def test_chunks_of_actions_and_an_ensemble(root):
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("reward_to_go.png", "base_policy.png", "maze.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG"), name
-    (path,) = (root / "results").rglob("*.csv")
+    (path,) = (recipe_root / "results").rglob("*.csv")
     (row,) = studies.read(path)
     assert path.stem == row["method"] == "evor-3-x2"
     assert row["training"].startswith("data=local-seed0-4000 lr=0.0005 schedule=")
@@ -160,13 +109,13 @@ def test_chunks_of_actions_and_an_ensemble(root):
 
 
 class TestBaseline:
-    def test_leaves_a_row_and_a_checkpoint_that_studies_open(self, root):
+    def test_leaves_a_row_and_a_checkpoint_that_studies_open(self, recipe_root):
         import studies
 
-        output = root / "baseline"
+        output = recipe_root / "baseline"
         small = [*SMALL, "method=scalar", "chunk_size=2", "optim.num_updates=4"]
-        places = [f"results_dir={root / 'baselines'}", f"hydra.run.dir={output}"]
-        result = run("train_baseline.py", root, *small, *places)
+        places = [f"results_dir={recipe_root / 'baselines'}", f"hydra.run.dir={output}"]
+        result = run("train_baseline.py", recipe_root, *small, *places)
         assert result.returncode == 0, result.stderr[-2000:]
         trained = studies.load(output)
         assert (trained.method, trained.chunk_size) == ("scalar-2", 2)
@@ -174,42 +123,42 @@ class TestBaseline:
         # A finished run is evaluated again, nothing trained.
         again = run(
             "train_baseline.py",
-            root,
+            recipe_root,
             *small,
             f"resume={output / 'checkpoint'}",
             "actor.tau_q=3.0",
-            f"results_dir={root / 'again'}",
-            f"hydra.run.dir={root / 'baseline_again'}",
+            f"results_dir={recipe_root / 'again'}",
+            f"hydra.run.dir={recipe_root / 'baseline_again'}",
         )
         assert again.returncode == 0, again.stderr[-2000:]
-        paths = [root / name / TASK / "scalar-2.csv" for name in ("baselines", "again")]
+        paths = [recipe_root / name / TASK / "scalar-2.csv" for name in ("baselines", "again")]
         (first,), (second,) = (studies.read(path) for path in paths)
         assert (first["tau_q"], second["tau_q"]) == ("1.0", "3.0")
         for name in ("num_updates", "train_seconds", "parameters"):
             assert first[name] == second[name], name
         assert (first["num_updates"], first["n_step"]) == ("4", "20")
 
-    def test_the_checkpoint_of_another_method_is_refused(self, root, short_run):
+    def test_the_checkpoint_of_another_method_is_refused(self, recipe_root, short_run):
         """EVOR's own networks, but the baselines' names and options."""
         result = run(
             "train_baseline.py",
-            root,
+            recipe_root,
             *SMALL,
             "optim.num_updates=4",
             "method=evor",
             f"resume={short_run[1] / 'checkpoint'}",
-            f"hydra.run.dir={root / 'refused'}",
+            f"hydra.run.dir={recipe_root / 'refused'}",
         )
         assert result.returncode != 0
         assert "belongs to another configuration: method was None" in result.stderr
 
     @pytest.mark.parametrize("method", ["bc", "iql"])
-    def test_without_a_choice_among_candidates_there_is_no_study(self, root, method):
+    def test_without_a_choice_among_candidates_there_is_no_study(self, recipe_root, method):
         import studies
 
-        output = root / method
+        output = recipe_root / method
         one = [*SMALL, f"method={method}", "optim.num_updates=2", f"hydra.run.dir={output}"]
-        result = run("train_baseline.py", root, *one)
+        result = run("train_baseline.py", recipe_root, *one)
         assert result.returncode == 0, result.stderr[-2000:]
         assert (output / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
         with pytest.raises(ValueError, match=f"is a '{method}' agent"):
@@ -306,7 +255,7 @@ def test_proposals_are_compared_with_what_the_data_did(tmp_path, chunk):
     assert 0.13 < distances[-1] < 0.37
 
 
-def test_older_checkpoints_take_defaults(root, short_run, tmp_path):
+def test_older_checkpoints_take_defaults(recipe_root, short_run, tmp_path):
     """Runs from before some options were there can be studied and continued."""
     import checkpoint_io
     import studies
@@ -320,9 +269,9 @@ def test_older_checkpoints_take_defaults(root, short_run, tmp_path):
     trained = studies.load(checkpoint)
     assert (trained.method, trained.chunk_size) == ("evor", 1)
     checkpoint_io.write_sizes(checkpoint)
-    check(root, f"resume={checkpoint}")
+    check(recipe_root, f"resume={checkpoint}")
     with pytest.raises(ValueError, match="belongs to another configuration: chunk_size was 1"):
-        check(root, f"resume={checkpoint}", "chunk_size=2")
+        check(recipe_root, f"resume={checkpoint}", "chunk_size=2")
 
 
 def test_improved_options_reach_every_loss():
@@ -393,9 +342,9 @@ def test_command_of_a_row(monkeypatch):
 
 def test_text_of_a_training():
     """One text for one training, whichever program ran it; only what concerns the method."""
-    import many
+    import programs
+    import result_rows
     import results_io
-    import utils
     from hydra import compose, initialize_config_dir
 
     together = ["hidden_sizes=[8,4]", "activation=silu", "lr=2e-3", "schedule=cosine", "tau=0.1"]
@@ -406,8 +355,8 @@ def test_text_of_a_training():
     alone += ["value.solver=midpoint", "data.observation_spread=3", "loss.gamma=0.9"]
     alone += ["value.observation_spread=2"]
     with initialize_config_dir(str(RECIPE), version_base="1.3"):
-        first = many.training_settings(compose("many", overrides=together), 0.9, "official")
-        second = utils.training_settings(compose("baselines", overrides=alone), "official")
+        first = programs.training_settings(compose("many", overrides=together), 0.9, "official")
+        second = result_rows.training_settings(compose("baselines", overrides=alone), "official")
         improved = compose("config", overrides=["loss.next_action=improved"])
     policy = "data=official lr=0.002 schedule=cosine observation_spread=3 policy_hidden=8x4 "
     policy += "policy_activation=silu policy_steps=10"
@@ -424,7 +373,7 @@ def test_text_of_a_training():
         assert made == expected
     text = results_io.training_text("iql", second)
     assert text == f"{value} expectile=0.9 temperature=10"
-    text = results_io.training_text("evor", utils.training_settings(improved, "official"))
+    text = results_io.training_text("evor", result_rows.training_settings(improved, "official"))
     improved = "improved(num_candidates:4,num_samples:4,tau_r:inf,tau_q:1)"
     assert text.endswith(f" next_action={improved} bound_returns=False")
 
@@ -553,36 +502,36 @@ class TestBadInput:
         "override, group",
         [("loss.gamma=0.9", "loss"), ("optim.lr=1.0", "optim"), ("data.n_step=7", "data")],
     )
-    def test_checkpoint_of_another_configuration(self, root, short_run, override, group):
+    def test_checkpoint_of_another_configuration(self, recipe_root, short_run, override, group):
         resume = f"resume={short_run[1] / 'checkpoint'}"
         with pytest.raises(ValueError, match=f"belongs to another configuration: {group} was"):
-            check(root, "optim.num_updates=8", override, resume)
+            check(recipe_root, "optim.num_updates=8", override, resume)
 
-    def test_another_end_of_a_cosine(self, root, short_run, monkeypatch):
+    def test_another_end_of_a_cosine(self, recipe_root, short_run, monkeypatch):
         """At a constant rate a run may go on; under a schedule its end is part of it."""
         resume = f"resume={short_run[1] / 'checkpoint'}"
-        check(root, "optim.num_updates=8", resume)
+        check(recipe_root, "optim.num_updates=8", resume)
         with pytest.raises(ValueError, match="optim was"):
-            check(root, "optim.num_updates=8", "optim.schedule=cosine", resume)
+            check(recipe_root, "optim.num_updates=8", "optim.schedule=cosine", resume)
 
-    def test_a_damaged_checkpoint(self, root, short_run, tmp_path):
+    def test_a_damaged_checkpoint(self, recipe_root, short_run, tmp_path):
         checkpoint = Path(shutil.copytree(short_run[1] / "checkpoint", tmp_path / "checkpoint"))
         resume = f"resume={checkpoint}"
-        check(root, resume)
+        check(recipe_root, resume)
         largest = max(checkpoint.rglob("*.memmap"), key=lambda path: path.stat().st_size)
         largest.write_bytes(largest.read_bytes()[:16])
         with pytest.raises(ValueError, match=rf"damaged: .*{largest.name} .* got 16\."):
-            check(root, resume)
+            check(recipe_root, resume)
         largest.unlink()
         with pytest.raises(ValueError, match="got no file"):
-            check(root, resume)
+            check(recipe_root, resume)
 
-    def test_a_checkpoint_of_something_else(self, root, tmp_path):
+    def test_a_checkpoint_of_something_else(self, recipe_root, tmp_path):
         from torchrl.checkpoint import Checkpoint
 
         folder = Checkpoint(progress={"step": 1}).save(tmp_path / "checkpoint")
         with pytest.raises(ValueError, match="resume=.*was not written by evor.py"):
-            check(root, f"resume={folder}")
+            check(recipe_root, f"resume={folder}")
 
     def test_no_room_for_a_checkpoint(self, tmp_path, monkeypatch):
         import checkpoint_io
@@ -620,7 +569,7 @@ class TestLogger:
         ],
     )
     def test_without_an_account(self, tmp_path, monkeypatch, backend, mode):
-        import utils
+        import runs
         from hydra import compose, initialize_config_dir
 
         pytest.importorskip(backend)
@@ -629,7 +578,7 @@ class TestLogger:
         overrides = [f"logger.backend={backend}", f"logger.mode={mode}"]
         with initialize_config_dir(str(RECIPE), version_base="1.3"):
             cfg = compose("config", overrides=overrides)
-        run = utils.Run(cfg, tmp_path, loss=torch.nn.Linear(1, 1))
+        run = runs.Run(cfg, tmp_path, loss=torch.nn.Linear(1, 1))
         run.add(TensorDict(loss_value=torch.tensor(2.0)))
         assert run.log_losses() == {"loss_value": "2"}
         if mode != "disabled":
@@ -666,7 +615,7 @@ class TestScheduler:
 
 class TestSummary:
     def test_wilson_interval_of_all_successes(self):
-        import utils
+        import runs
         from tensordict import TensorDict
 
         episodes = TensorDict(
@@ -677,7 +626,7 @@ class TestSummary:
             },
             batch_size=[50],
         )
-        summary = utils.summarize(episodes)
+        summary = runs.summarize(episodes)
         assert summary["success"] == 1.0
         # Wilson: n / (n + z^2) with z = 1.96.
         assert summary["success_low"] == pytest.approx(50 / (50 + 1.959964**2), abs=1e-6)
@@ -685,356 +634,16 @@ class TestSummary:
         assert summary["return_low"] == summary["return_high"] == -100.0
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3])
-def test_many_tasks_have_the_windows_of_each(root, short_run, chunk_size):
-    """Tables of two tasks and two lengths hold what the replay buffer of each samples."""
-    from many import Setting, TaskWindows
-
-    from torchrl_evor import OGBenchExperienceReplay
-
-    def replay(task, n_step=1):
-        return OGBenchExperienceReplay(
-            f"{TASK}-singletask-task{task}-v0",
-            root=root / "data",
-            source="local",
-            num_transitions=4000,
-            gamma=0.9,
-            n_step=n_step,
-            chunk_size=chunk_size,
-        )
-
-    settings = [Setting(0, task, n_step) for task in (1, 2) for n_step in (1, 4)]
-    tasks = {task: replay(task) for task in (1, 2)}
-    windows = TaskWindows(tasks, settings, 0.9, torch.device("cpu"), chunk_size)
-    # Windows of all settings start at the same rows here.
-    alone = [replay(setting.task, setting.n_step) for setting in settings]
-    assert all(len(data) == len(windows.start) for data in alone)
-    together = windows.value_batch(windows.start.unsqueeze(0))
-    imitated = windows.policy_batch(windows.start.unsqueeze(0))
-    for index, data in enumerate(alone):
-        batch = data[:]
-        keys = ("observation", "action", "steps_to_next_obs")
-        nested = ("observation", "action", "reward", "terminated")
-        for key in (*keys, *(("next", name) for name in nested)):
-            torch.testing.assert_close(together[index][key], batch[key], msg=str(key))
-        assert torch.equal(imitated["action"][0], batch["action"])
-
-
-@pytest.mark.parametrize("method", ["scalar", "hl_gauss", "categorical", "quantile"])
-def test_critics_of_many_act_as_they_were_trained(root, short_run, tmp_path, method):
-    """Q* of each task's agent, read from its file, is that of its part of the stack."""
-    import agents
-    import many
-    from hydra import compose, initialize_config_dir
-
-    options = [f"data.root={root / 'data'}", *SMALL_MANY, "tasks=[1,2]", "n_steps=[2]"]
-    with initialize_config_dir(str(RECIPE), version_base="1.3"):
-        cfg = compose("many", overrides=[*options, f"methods=[{method}]", "num_atoms=7"])
-    program = many.Program(cfg, TASK, 0.9, torch.device("cpu"))
-    program.update()
-    observation, candidates = torch.randn(2, 5, 2), torch.rand(2, 5, 3, 2)
-    critic = program.losses[method].qvalue_network
-    with torch.no_grad():
-        want = critic.q_star(observation.unsqueeze(-2), candidates, tau=3.0)
-        for index, (setting, agent) in enumerate(program.agents(method)):
-            path = agents.save(tmp_path, TASK, method, setting, agent, program, 1.0)
-            returns = agents.build(agents.read(path)).returns
-            got = returns.q_star(observation[index].unsqueeze(-2), candidates[index], tau=3.0)
-            torch.testing.assert_close(got, want[index], rtol=1e-5, atol=1e-4)
-            assert type(returns) is type(critic)
-
-
-def test_many_methods_share_their_rows(root, short_run, monkeypatch):
-    """A long window may start shortly before a terminal, where a short one cannot."""
-    import many
-    from hydra import compose, initialize_config_dir
-
-    load = many.load_task
-
-    def load_with_terminal(*args):
-        replay = load(*args)
-        data = replay.transitions.clone()
-        episode = data["episode"].ravel()
-        last = (episode == episode[0]).nonzero().max()
-        data["next", "terminated"][last] = True
-        monkeypatch.setattr(type(replay), "transitions", property(lambda self: data))
-        return replay
-
-    monkeypatch.setattr(many, "load_task", load_with_terminal)
-    options = [f"data.root={root / 'data'}", *SMALL_MANY, "tasks=[1]", "chunk_size=5"]
-    options += ["n_steps=[4]", "methods=[evor,qc]"]
-    with initialize_config_dir(str(RECIPE), version_base="1.3"):
-        cfg = compose("many", overrides=options)
-    program = many.Program(cfg, TASK, 0.9, torch.device("cpu"))
-    windows = list(program.windows.values())
-    assert torch.equal(windows[0].start, windows[1].start)
-    for method, longest in (("evor", 20), ("qc", 5)):
-        batch = program.windows[method].value_batch(windows[0].start.unsqueeze(0))
-        steps = batch["steps_to_next_obs"]
-        assert steps.min() >= 1 and steps.max() == longest
-    # Without the first method there are more rows, so that something was left out.
-    alone = many.TaskWindows(program.replays, program.settings["evor"], 0.9, program.device, 5)
-    assert len(alone.start) > len(windows[0].start)
-
-
-def test_many_draws_candidates_where_no_task_has_ended(monkeypatch):
-    """A task that ends within the chunk leaves the candidates to the state of the others."""
-    from many import StackedQCLoss
-
-    from torchrl_evor import FlowMatchingPolicy, ScalarCritic, StackedVelocityMLP
-
-    policy = FlowMatchingPolicy(StackedVelocityMLP(1, 1 + 2 + 1, 2, hidden_sizes=(4,)), 2)
-    critic = ScalarCritic(StackedVelocityMLP(4, 1 + 2, hidden_sizes=(4,)), num_critics=2)
-    loss = StackedQCLoss(policy, critic, num_candidates=3, reduction="none")
-    asked = []
-    module = type(policy.module)
-    forward = module.forward
-    monkeypatch.setattr(module, "forward", lambda self, x: asked.append(x) or forward(self, x))
-    # Two tasks, two rows; each task ends in another one.
-    batch = TensorDict(
-        steps_to_next_obs=torch.tensor([[[2], [5]], [[5], [1]]]),
-        next=TensorDict(observation=torch.tensor([[[1.0], [7.0]], [[5.0], [2.0]]])),
-    )
-    assert loss._next_action(batch).shape == (2, 2, 2)
-    expected = torch.tensor([[5.0], [7.0]]).expand(2, 3).unsqueeze(-1)
-    torch.testing.assert_close(asked[0][0], expected)
-
-
-def test_many_keeps_the_base_policies_of_an_earlier_run(root, short_run, tmp_path):
-    """``policies`` trains values alone, over networks that stay as they were saved."""
-    import agents
-    from hydra import compose, initialize_config_dir
-    from many import Program
-
-    def program(*overrides):
-        with initialize_config_dir(str(RECIPE), version_base="1.3"):
-            cfg = compose("many", overrides=[*options, *overrides])
-        return Program(cfg, TASK, 0.99, torch.device("cpu"))
-
-    options = [f"data.root={root / 'data'}", *SMALL_MANY, "seeds=[0,1]", "tasks=[1]"]
-    options += ["n_steps=[5]", "methods=[evor,scalar,qc]", "qc_candidates=2", "layer_norm=false"]
-    options += ["num_critics.evor=3"]
-    torch.manual_seed(0)
-    first = program()
-    first.num_updates = 3
-    for method in ("evor", "scalar"):
-        for setting, agent in first.agents(method):
-            agents.save(tmp_path, TASK, method, setting, agent, first, 60.0)
-    torch.manual_seed(1)
-    second = program(f"policies={tmp_path}")
-    assert first.training_text("scalar").endswith("layer_norm=False next_action=dataset")
-    assert second.training_text("scalar") == f"{first.training_text('scalar')} policy_updates=3"
-    before = {key: value.clone() for key, value in second.losses["scalar"].state_dict().items()}
-    second.update()
-    trained = dict(second.policy.named_parameters())
-    for key, value in first.policy.named_parameters():
-        torch.testing.assert_close(trained[key], value, rtol=0, atol=0)
-    after = second.losses["scalar"].state_dict()
-    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
-    assert any("qvalue" in key for key in changed) and not any("actor" in key for key in changed)
-    assert second.metrics.shape == (3,)  # no loss of a policy among them
-    observations = TensorDict(observation=torch.zeros(5, 2), batch_size=[5])
-    for path in tmp_path.glob("*.pt"):
-        actor = agents.build(agents.read(path), num_candidates=3, num_samples=2)
-        assert actor(observations.clone())["action"].shape == (5, 2)
-    for method, size in (("evor", 3), ("scalar", 1), ("qc", 2)):
-        for _, agent in second.agents(method):
-            assert len(agent.value) == size
-    # Members, and settings, are networks of their own.
-    members = [member.net[0].weight for _, agent in second.agents("evor") for member in agent.value]
-    assert len({tuple(weight.flatten().tolist()) for weight in members}) == 2 * 3
-    assert {path.stem.split("_")[-2] for path in tmp_path.glob("*.pt")} == {"evor-x3", "scalar"}
-    cfg = program(f"evaluate={tmp_path}", "methods=[scalar]", "seeds=[1]").cfg
-    assert [path.name for path in agents.find(cfg)] == [f"{TASK}_task1_seed1_scalar_n5.pt"]
-    cfg.tasks = [2]
-    with pytest.raises(ValueError, match="evaluate=.* got none of: .* task 2 seed 1 scalar"):
-        agents.find(cfg)
-    with pytest.raises(ValueError, match="must be without 'bc' where policies are kept"):
-        program(f"policies={tmp_path}", "methods=[evor,bc]")
-    with pytest.raises(ValueError, match="must hold an agent of .*, seed 7"):
-        program(f"policies={tmp_path}", "seeds=[0,7]")
-    with pytest.raises(ValueError, match=r"hidden_sizes=\[8\] must be that of the base policy"):
-        program(f"policies={tmp_path}", "hidden_sizes=[8]")
-    with pytest.raises(ValueError, match=r"lr=0.5 must be .* was trained with [0-9.]+\."):
-        program(f"policies={tmp_path}", "lr=0.5")
-
-
-def test_many_stops_in_time(root, short_run, tmp_path):
-    """The clock is read between rows of the log, and a schedule that was cut off says so."""
-    import agents
-    import many
-    from hydra import compose, initialize_config_dir
-
-    options = [f"data.root={root / 'data'}", *SMALL_MANY, "tasks=[1]", "n_steps=[5]"]
-    options += ["methods=[evor]", "num_updates=1000", "logger.interval=500", "max_seconds=0"]
-    with initialize_config_dir(str(RECIPE), version_base="1.3"):
-        cfg = compose("many", overrides=options)
-    for schedule, text in (("constant", ""), ("cosine", " planned_updates=1000")):
-        cfg.schedule = schedule
-        program = many.Program(cfg, TASK, 0.99, torch.device("cpu"))
-        many.train(cfg, [program])
-        assert program.num_updates == many.TIMED
-        assert program.training_text("evor").endswith(f"bound_returns=False{text}")
-    ((setting, agent),) = program.agents("evor")
-    agents.save(tmp_path, TASK, "evor", setting, agent, program, 1.0)
-    cfg.policies = str(tmp_path)
-    with pytest.raises(ValueError, match="stopped after 100 of 1000 updates"):
-        many.Program(cfg, TASK, 0.99, torch.device("cpu"))
-
-
 def test_rows_say_how_numbers_came_about():
     """Runs that differ in the arithmetic are rows of their own."""
-    import utils
+    import result_rows
     from hydra import compose, initialize_config_dir
 
     device = torch.device("cpu")
     with initialize_config_dir(str(RECIPE), version_base="1.3"):
         for name in ("config", "baselines", "many"):
-            assert utils.ran_on(device, compose(name)) == utils.device_name(device)
+            assert result_rows.ran_on(device, compose(name)) == result_rows.device_name(device)
             options = ["actor.backend=torch", "actor.precision=bf16", "matmul_precision=highest"]
-            assert utils.ran_on(device, compose(name, overrides=options)).endswith(
+            assert result_rows.ran_on(device, compose(name, overrides=options)).endswith(
                 " actor.backend=torch actor.precision=bf16 matmul_precision=highest"
             )
-
-
-def test_many_sizes_of_values(root, short_run, tmp_path):
-    """Value networks of their own size, over kept base policies too; rows and files say so."""
-    import agents
-    from hydra import compose, initialize_config_dir
-    from many import Program
-
-    options = [f"data.root={root / 'data'}", *SMALL_MANY, "tasks=[1]", "n_steps=[5]"]
-    options += ["methods=[evor,scalar,bc]", "value_hidden_sizes=[8,4,2]"]
-    with initialize_config_dir(str(RECIPE), version_base="1.3"):
-        cfg = compose("many", overrides=options)
-        plain = compose("many", overrides=options[:-1])
-    assert plain.value_hidden_sizes == plain.hidden_sizes == [16, 16]
-    program = Program(cfg, TASK, 0.99, torch.device("cpu"))
-    program.update()
-    hidden = {"evor": "8x4x2", "scalar": "8x4x2", "bc": "16x16"}
-    columns = {"num_candidates", "num_samples"}  # options of the actor that rows have
-    for method in cfg.methods:
-        ((setting, agent),) = program.agents(method)
-        for member in agent.value:
-            layers = [layer for layer in member.net if isinstance(layer, torch.nn.Linear)]
-            assert [layer.out_features for layer in layers] == [8, 4, 2, 1]
-        path = agents.save(tmp_path, TASK, method, setting, agent, program, 60.0)
-        choice = {"num_candidates": 2, "num_samples": 2, "backend": "torch", "precision": None}
-        outcome = agents.evaluate_file(path, "cpu", 1, 1, 0, choice)
-        assert outcome["hidden"] == hidden[method]
-        assert outcome.keys() & choice.keys() == (set() if method == "bc" else columns)
-    # Files of before the option: one size for both.
-    content = torch.load(path)
-    del content["value_hidden_sizes"]
-    torch.save(content, path)
-    assert agents.read(path)["value_hidden_sizes"] == [16, 16]
-
-
-@pytest.mark.slow
-def test_many_in_chunks(root):
-    """The whole way to a row and to an agent that studies open."""
-    import results_io
-    import studies
-
-    output = root / "many_chunks"
-    result = run(
-        "many.py",
-        root,
-        *SMALL_MANY,
-        "chunk_size=3",
-        "num_updates=2",
-        "tasks=[1]",
-        "n_steps=[2]",
-        "methods=[evor,scalar,categorical,qc,bc]",
-        "num_atoms=7",
-        "tau_rs=[inf,3.0]",
-        "bound_returns=true",
-        "qc_candidates=2",
-        f"results_dir={output / 'results'}",
-        f"hydra.run.dir={output}",
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    rows = results_io.read_rows(output / "results")
-    readings = {
-        method: sorted(row.tau_r for row in rows if row.method == f"{method}-3")
-        for method in ("evor", "scalar", "categorical", "qc", "bc")
-    }
-    several, mean = [3.0, math.inf], [math.inf]
-    assert readings == {
-        **dict.fromkeys(("evor", "categorical"), several),
-        **dict.fromkeys(("scalar", "qc"), mean),
-        "bc": [None],
-    }
-    assert all("observation_spread=1 " in row.training for row in rows)
-    trained = studies.load(output / "agents" / f"{TASK}_task1_seed0_evor-3_n2.pt")
-    assert (trained.method, trained.chunk_size) == ("evor-3", 3)
-    assert trained.policy.module.action_dim == 6
-    # The same agent again by other nodes, nothing trained.
-    small = [*SMALL_MANY, "tasks=[1]", "methods=[evor]", "actor.nodes=gauss_hermite"]
-    places = [f"evaluate={output / 'agents'}", f"results_dir={output / 'results'}"]
-    result = run("many.py", root, *small, *places, f"hydra.run.dir={output / 'again'}")
-    assert result.returncode == 0, result.stderr[-2000:]
-    rows = results_io.read_file(output / "results" / TASK / "evor-3.csv")
-    first, second = (row for row in rows if row.tau_r == math.inf)
-    assert (first.nodes, second.nodes) == ("stratified", "gauss_hermite")
-    assert first.train_seconds == second.train_seconds > 0
-
-
-@pytest.mark.slow
-def test_many_runs_leave_a_row_for_each(root):
-    result = run(
-        "many.py",
-        root,
-        *SMALL_MANY,
-        "num_updates=4",
-        "logger.interval=2",
-        "tasks=[1,2]",
-        "n_steps=[5]",
-        "methods=[evor,scalar,qc,bc]",
-        "qc_candidates=2",
-        f"results_dir={root / 'results'}",
-        f"hydra.run.dir={root / 'many'}",
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    import results_io
-
-    rows = results_io.read_rows(root / "results")
-    assert {(row.method, row.task) for row in rows} == {
-        (method, task) for method in ("evor", "scalar", "qc-1", "bc") for task in (1, 2)
-    }
-
-
-@pytest.mark.slow
-def test_many_compiled_equals_eager(root, monkeypatch):
-    """``compile=true`` gives the same gradients; noise is fixed, since compilers reorder draws."""
-    from hydra import compose, initialize_config_dir
-    from many import Program
-
-    monkeypatch.setattr(torch, "randn_like", lambda x: torch.linspace(-2, 2, x.numel()).view_as(x))
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.linspace(0, 1, x.numel()).view_as(x))
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    overrides = [
-        f"data.root={root / 'data'}",
-        "data.num_transitions=4000",
-        "hidden_sizes=[16,16]",
-        "seeds=[0,1]",
-        "tasks=[1,2]",
-        "n_steps=[5]",
-        "policy_steps=2",
-        "value_steps=2",
-    ]
-    gradients = []
-    for mode in ("false", "true"):
-        with initialize_config_dir(str(RECIPE), version_base="1.3"):
-            cfg = compose("many", overrides=[*overrides, f"compile={mode}"])
-        torch.manual_seed(0)
-        program = Program(cfg, "pointmaze-medium-navigate", 0.99, torch.device("cpu"))
-        row = torch.arange(2 * 64).view(2, 64)
-        sum(term.sum() for term in program.compute_terms(row)).backward()
-        gradients.append({k: p.grad for k, p in program.losses["evor"].named_parameters()})
-    for key, eager in gradients[0].items():
-        torch.testing.assert_close(gradients[1][key], eager, rtol=1e-4, atol=1e-5)
-
-
-if __name__ == "__main__":
-    pytest.main([__file__, "-v"])

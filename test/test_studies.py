@@ -33,11 +33,11 @@ if _has_extras:
     import architecture_study
     import costs
     import inference_study
-    import many
     import noise_study
     import results_io
     import stitch_study
     import studies
+    import task_windows
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
@@ -64,7 +64,7 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
     agent = agents.Agent(
         VelocityMLP(observation_dim + 2 + 1, 2, hidden_sizes=(8,)), members, -100.0, 10.0
     )
-    setting = many.Setting(seed=0, task=1, n_step=5)
+    setting = task_windows.Setting(seed=0, task=1, n_step=5)
     cfg = SimpleNamespace(
         chunk_size=1,
         hidden_sizes=[8],

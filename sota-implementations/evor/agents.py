@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import baselines
+import result_rows
 import results_io
+import runs
 import torch
-import utils
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -90,7 +91,7 @@ def save(
         "training": program.training_text(method),
         "policy_updates": program.policy_updates,
         "train_seconds": train_seconds,
-        "peak_memory_mb": utils.peak_memory_mb(program.device),
+        "peak_memory_mb": runs.peak_memory_mb(program.device),
         "loc": agent.loc,
         "scale": agent.scale,
         "support": agent.support,
@@ -183,7 +184,7 @@ def _check_options(path: Path, content: dict, cfg: DictConfig, given: set[str]) 
 
 def label(content: dict) -> str:
     """Name of an agent file's method in tables."""
-    return utils.method_name(content["method"], content["chunk_size"], len(content["value"]))
+    return result_rows.method_name(content["method"], content["chunk_size"], len(content["value"]))
 
 
 def build(content: dict, device: torch.device | str = "cpu", **actor_options):
@@ -321,7 +322,7 @@ def evaluate_file(
         "hidden": "x".join(map(str, hidden_sizes)),
         # In what a row holds of a choice; the rest is of its device.
         **{name: options[name] for name in options if name in results_io.COLUMNS},
-        **utils.episode_columns(outcome),
+        **result_rows.episode_columns(outcome),
         "parameters": parameters,
     }
 
@@ -361,6 +362,6 @@ def _row(cfg: DictConfig, outcome: dict, device) -> dict:
     return {
         **outcome,
         "protocol": cfg.protocol,
-        "device": utils.ran_on(device, cfg),
+        "device": result_rows.ran_on(device, cfg),
         "command": results_io.command(),
     }

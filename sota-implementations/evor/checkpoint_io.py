@@ -17,8 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+from torchrl.checkpoint import Checkpoint
 
 SIZES = "sizes.json"
+# What a checkpoint must share with the run that continues it; train_baseline.py adds the last two.
+IDENTITY = (
+    *("env", "chunk_size", "data", "policy", "value", "loss", "optim", "seed"),
+    *("method", "baseline"),
+)
 
 
 def check_room(folder: Path, loss: torch.nn.Module) -> None:
@@ -74,6 +81,38 @@ def check_sizes(folder: Path) -> None:
                 f"resume={str(folder)!r} is damaged: {name} must have {size} bytes, "
                 f"got {found.get(name, 'no file')}."
             )
+
+
+def load_progress(cfg: DictConfig) -> dict:
+    """Progress of the checkpoint ``cfg.resume``, which must fit ``cfg`` and be whole.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, belongs to another
+            configuration, or was not written by the recipe.
+    """
+    check_sizes(Path(cfg.resume))
+    saved = Checkpoint(config={}, progress={})
+    try:
+        saved.load(cfg.resume)
+        then = OmegaConf.to_container(with_defaults(saved.components["config"]))
+    except Exception as error:
+        raise ValueError(f"resume={cfg.resume!r} is no checkpoint of a recipe: {error}") from error
+    now = OmegaConf.to_container(cfg, resolve=True)
+    for config in (then, now):
+        if config["optim"]["schedule"] == "constant":  # which knows no end, and may be extended
+            config["optim"] = {**config["optim"], "num_updates": None}
+    for group in IDENTITY:
+        if then.get(group) != now.get(group):
+            raise ValueError(
+                f"resume={cfg.resume!r} belongs to another configuration: {group} was "
+                f"{then.get(group)}, this run has {now.get(group)}."
+            )
+    return saved.components["progress"]
+
+
+def with_defaults(config: dict) -> DictConfig:
+    """A checkpoint's configuration; options that are younger than it have their defaults."""
+    return OmegaConf.merge(OmegaConf.load(Path(__file__).with_name("config.yaml")), config)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

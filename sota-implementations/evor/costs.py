@@ -16,6 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import hydra
+import result_rows
+import runs
 import studies
 import torch
 import train_baseline
@@ -60,9 +62,9 @@ def make_batch(cfg: DictConfig, action_dim: int, device: torch.device) -> Tensor
 
 def added_memory(device: torch.device, phase: Callable[[], object]) -> tuple[object, float]:
     """Result of a phase and the memory in MiB that it adds at its peak."""
-    utils.reset_peak_memory(device)
-    before = utils.peak_memory_mb(device)
-    return phase(), utils.peak_memory_mb(device) - before
+    runs.reset_peak_memory(device)
+    before = runs.peak_memory_mb(device)
+    return phase(), runs.peak_memory_mb(device) - before
 
 
 def measure(config: dict, method: str) -> dict:
@@ -94,14 +96,14 @@ def measure(config: dict, method: str) -> dict:
     (actor, parameters, update_seconds), train_mb = added_memory(device, train)
     (decision, decisions), act_mb = added_memory(device, act)
     return {
-        "method": utils.method_name(method, cfg.chunk_size),
+        "method": result_rows.method_name(method, cfg.chunk_size),
         "parameters": parameters,
         "update_ms": 1e3 * update_seconds,
         "train_mb": train_mb,
         "decision_ms": 1e3 * decision,
         "decisions_ms": 1e3 * decisions,
         "act_mb": act_mb,
-        "device": utils.device_name(device),
+        "device": result_rows.device_name(device),
     }
 
 

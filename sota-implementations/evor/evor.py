@@ -10,6 +10,8 @@ from pathlib import Path
 
 import figures
 import hydra
+import result_rows
+import runs
 import torch
 import utils
 from hydra.core.hydra_config import HydraConfig
@@ -30,10 +32,10 @@ def main(cfg: DictConfig) -> None:
     loss, updater, optimizer = utils.make_loss(cfg, policy, returns, utils.return_bounds(cfg, data))
     actor = utils.make_actor(cfg, policy, returns)
 
-    run = utils.train(cfg, output, data, loss, updater, optimizer, actor)
+    run = runs.train(cfg, output, data, loss, updater, optimizer, actor)
     episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
     tqdm.write(run.log_episodes(episodes))
-    utils.append_result(cfg, run, data, "evor", actor, episodes)
+    result_rows.append_result(cfg, run, data, "evor", actor, episodes)
     figures.learning_curve(run.history, output / "learning_curve.png")
     path = output / "reward_to_go.png"
     figures.reward_to_go(data, actor, cfg.loss.gamma, path, chunk_size=cfg.chunk_size)

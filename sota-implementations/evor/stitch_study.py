@@ -15,6 +15,7 @@ from pathlib import Path
 
 import figures
 import hydra
+import result_rows
 import studies
 import torch
 import train_baseline
@@ -74,9 +75,9 @@ def run(name: str, cfg: DictConfig, path: Path, device: torch.device) -> None:
             "num_transitions": len(data.transitions),
             "hidden": "x".join(map(str, cfg.value.hidden_sizes)),
             "settings": settings(cfg),
-            "device": utils.device_name(device),
+            "device": result_rows.device_name(device),
         }
-        columns = utils.episode_columns(episodes)
+        columns = result_rows.episode_columns(episodes)
         studies.add_rows(path, [{**label, **columns, "train_seconds": seconds}])
         tqdm.write(f"{name}, update {end}: success {columns['success']:.2f}, {seconds:.0f} s")
 

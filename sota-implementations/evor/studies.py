@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import agents
+import checkpoint_io
 import figures
+import result_rows
 import results_io
 import torch
 import train_baseline
@@ -127,7 +129,7 @@ def _load_run(folder: Path, device) -> Trained:
     saved = Checkpoint(config={}, progress={})
     try:
         saved.load(folder)
-        cfg = utils.with_defaults(saved.components["config"])
+        cfg = checkpoint_io.with_defaults(saved.components["config"])
         method = cfg.get("method", "evor")
         dimensions = _dimensions(utils.env_name(cfg), cfg.chunk_size)
         # Units and weights come with the checkpoint.
@@ -155,7 +157,7 @@ def _load_run(folder: Path, device) -> Trained:
         actor.returns,
         env=cfg.env.name,
         task=cfg.env.task,
-        method=utils.run_name(cfg, method),
+        method=result_rows.run_name(cfg, method),
         seed=cfg.seed,
         chunk_size=cfg.chunk_size,
     )
@@ -224,7 +226,7 @@ def evaluate(
         )
         state = outcome["trace", "observation"][:1, 0].to(device)
         latency = decision_seconds(actor, state)
-    return {**utils.episode_columns(outcome), "latency_seconds": latency}
+    return {**result_rows.episode_columns(outcome), "latency_seconds": latency}
 
 
 @torch.no_grad()
@@ -258,7 +260,7 @@ def labels(trained: Trained, checkpoint: str, options: dict) -> dict:
         "seed": trained.seed,
         "checkpoint": str(checkpoint),
         **options,
-        "device": utils.device_name(trained.returns.loc.device),
+        "device": result_rows.device_name(trained.returns.loc.device),
     }
 
 

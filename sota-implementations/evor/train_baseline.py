@@ -12,6 +12,8 @@ from pathlib import Path
 import baselines
 import figures
 import hydra
+import result_rows
+import runs
 import torch
 import utils
 from hydra.core.hydra_config import HydraConfig
@@ -98,10 +100,10 @@ def main(cfg: DictConfig) -> None:
     data = utils.make_data(cfg)
     loss, actor, optimizer, updater = make_agent(cfg, make_sizes(cfg, data), device)
 
-    run = utils.train(cfg, output, data, loss, updater, optimizer, actor)
+    run = runs.train(cfg, output, data, loss, updater, optimizer, actor)
     episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
     tqdm.write(f"{cfg.method}, {run.log_episodes(episodes)}")
-    utils.append_result(cfg, run, data, cfg.method, actor, episodes)
+    result_rows.append_result(cfg, run, data, cfg.method, actor, episodes)
     figures.learning_curve(run.history, output / "learning_curve.png")
     tqdm.write(f"Curves, logs and the checkpoint are in {output}")
 

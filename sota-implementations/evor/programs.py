@@ -1,0 +1,352 @@
+# Copyright (c) Meta Platforms, Inc. and affiliates.
+#
+# This source code is licensed under the MIT license found in the
+# LICENSE file in the root directory of this source tree.
+"""All base policies and value networks of one environment in one program (many.py)."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from pathlib import Path
+
+import agents
+import baselines
+import results_io
+import torch
+import utils
+from omegaconf import DictConfig
+from task_windows import Setting, TaskWindows
+from torch import Tensor
+from torchrl.objectives import SoftUpdate
+
+from torchrl_evor import (
+    CriticLoss,
+    EVORLoss,
+    FlowMatchingPolicy,
+    QCLoss,
+    ReturnFlow,
+    StackedVelocityMLP,
+)
+from torchrl_evor.data import OGBenchExperienceReplay
+from torchrl_evor.modules.functional import check_choice, check_positive
+
+
+class StackedQCLoss(QCLoss):
+    """QCLoss over a stack of critics whose tasks share the candidates at the next state.
+
+    The windows of all tasks, of one decision each, reach the same state, so the
+    candidates are drawn once for each seed. Only a terminal ends a window sooner,
+    and behind it no candidate counts.
+    """
+
+    def _next_action(self, tensordict) -> Tensor:
+        following = tensordict["next", "observation"]
+        num_seeds = self.actor_network.module.velocity_network.num_models
+        copies = len(following) // num_seeds
+        longest = tensordict["steps_to_next_obs"].unflatten(0, (num_seeds, copies)).argmax(1, True)
+        states = following.unflatten(0, (num_seeds, copies)).take_along_dim(longest, 1)
+        rows = (*following.shape[1:-1], self.num_candidates, following.shape[-1])
+        with self._swap("actor_network"):
+            candidates = self.actor_network.module(
+                states.squeeze(1).unsqueeze(-2).expand(num_seeds, *rows)
+            )
+        candidates = candidates.repeat_interleave(copies, 0)
+        with self._swap("qvalue_network"):
+            return self.qvalue_network.select(following, candidates, tau_r=float("inf"))[0]
+
+
+class Program:
+    """Base policies and value networks of one environment, trained by one function.
+
+    On CUDA the update is captured once as a graph, and :meth:`update` replays it.
+    """
+
+    def __init__(self, cfg: DictConfig, name: str, gamma: float, device: torch.device) -> None:
+        check_positive("chunk_size", cfg.chunk_size)
+        for method in cfg.methods:
+            check_choice("methods", method, ("evor", *baselines.CRITICS, "qc", "bc"))
+        if cfg.policies is not None and "bc" in cfg.methods:
+            # It would be counted as trained by the updates of this run.
+            raise ValueError("methods must be without 'bc' where policies are kept, not trained.")
+        self.cfg, self.name, self.gamma, self.device = cfg, name, gamma, device
+        self.replays = {task: load_task(cfg, name, task, gamma) for task in cfg.tasks}
+        # The same for all tasks, which share their data.
+        replay = next(iter(self.replays.values()))
+        self.training_settings = training_settings(cfg, gamma, replay.origin)
+        self.settings = {
+            method: [
+                Setting(*row)
+                for row in itertools.product(
+                    cfg.seeds, cfg.tasks, [1] if method in ("qc", "bc") else cfg.n_steps
+                )
+            ]
+            for method in cfg.methods
+        }
+        self.windows = {
+            method: TaskWindows(self.replays, settings, gamma, device, cfg.chunk_size)
+            for method, settings in self.settings.items()
+        }
+        # In chunks a long window may start where a short one cannot.
+        starts = (windows.start for windows in self.windows.values())
+        start = functools.reduce(lambda all_, these: all_[torch.isin(all_, these)], starts)
+        for windows in self.windows.values():
+            windows.start = start
+        self.observation_dim = self._first_windows.observation.shape[-1]
+        self.action_dim = cfg.chunk_size * self._first_windows.action.shape[-1]
+        self.policy_units = utils.input_units(cfg.data.observation_spread, replay)
+        self.value_units = utils.input_units(cfg.value_spread, replay)
+        self.policy = self._make_policy()
+        # Behaviour cloning is the base policy, which the losses of all others train.
+        learning = [method for method in cfg.methods if method != "bc"]
+        if not learning:
+            raise ValueError("methods must name one besides 'bc', which has no value network.")
+        self.losses = {method: self._make_loss(method).to(device) for method in learning}
+        self.updaters = [SoftUpdate(loss, tau=cfg.tau) for loss in self.losses.values()]
+        on_cuda = device.type == "cuda"
+        parameters = dict.fromkeys(
+            p for loss in self.losses.values() for p in loss.parameters() if p.requires_grad
+        )
+        # A graph reads the learning rate from a tensor, which the scheduler fills.
+        lr = torch.tensor(cfg.lr, device=device) if on_cuda else cfg.lr
+        self.optimizer = torch.optim.Adam(list(parameters), lr=lr, fused=True, capturable=on_cuda)
+        self.scheduler = utils.make_scheduler(self.optimizer, cfg.schedule, cfg.num_updates)
+        self.metrics = torch.zeros((cfg.policies is None) + len(self.losses), device=device)
+        self.stream = make_stream(device) if on_cuda else None
+        self.graph = None
+        terms = self._compute_terms
+        self.compute_terms = torch.compile(terms) if cfg.compile else terms
+        self.num_updates = 0
+        if on_cuda:
+            # Streams do not wait for each other: what is set up above belongs to the default one.
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+
+    def _make_policy(self) -> FlowMatchingPolicy:
+        """One base policy for each seed, shared by all methods and tasks."""
+        if self.cfg.policies is None:
+            network = StackedVelocityMLP(
+                self._first_windows.num_seeds,
+                self.observation_dim + self.action_dim + 1,
+                self.action_dim,
+                hidden_sizes=self.cfg.hidden_sizes,
+                activation=self.cfg.activation,
+            )
+            network.standardize_inputs_(*self.policy_units)
+        else:
+            expected = {key: self.cfg[key] for key in ("chunk_size", "hidden_sizes", "activation")}
+            training = results_io.training_text("bc", self.training_settings)
+            kept = [
+                agents.load_policy(Path(self.cfg.policies), self.name, seed, expected, training)
+                for seed in self.cfg.seeds
+            ]
+            networks, updates = zip(*kept)
+            if len(set(updates)) > 1:
+                raise ValueError(
+                    f"policies={str(self.cfg.policies)!r} must hold base policies of one number of "
+                    f"updates for all seeds, got {updates}."
+                )
+            self._policy_updates = updates[0]
+            network = StackedVelocityMLP.from_models(networks).requires_grad_(False)
+        policy = FlowMatchingPolicy(network, self.action_dim, self.cfg.policy_steps)
+        return policy.to(self.device)
+
+    def _value_stack(self, num_models: int, in_features: int, out_features: int = 1):
+        network = StackedVelocityMLP(
+            num_models,
+            in_features,
+            out_features,
+            hidden_sizes=self.cfg.value_hidden_sizes,
+            activation=self.cfg.activation,
+            layer_norm=self.cfg.layer_norm,
+        )
+        return network.standardize_inputs_(*self.value_units)
+
+    @functools.cached_property
+    def _support(self) -> tuple[float, float]:
+        """Lowest and highest atom for the returns of all tasks, in the units of each."""
+        returns = []
+        for replay in self.replays.values():
+            loc, scale = replay.return_statistics(self.gamma)
+            returns.append((replay.empirical_returns(self.gamma) - loc) / scale)
+        return utils.support(torch.stack(returns))
+
+    def _make_loss(self, method: str) -> torch.nn.Module:
+        """The loss of a method over its stack of value networks."""
+        settings = self.settings[method]
+        statistics = [self.replays[s.task].return_statistics(self.gamma) for s in settings]
+        loc, scale = (torch.tensor(column) for column in zip(*statistics))
+        features = self.observation_dim + self.action_dim
+        num_critics = check_positive(f"num_critics.{method}", self.cfg.num_critics[method])
+        if method == "evor":
+            networks = [self._value_stack(len(settings), features + 2) for _ in range(num_critics)]
+            steps, solver = self.cfg.value_steps, self.cfg.value_solver
+            returns = ReturnFlow(networks, steps, solver=solver, loc=loc, scale=scale)
+            loss = EVORLoss(
+                self.policy,
+                returns,
+                td_target=self.cfg.td_target,
+                next_action="dataset",
+                return_bounds=self._return_bounds() if self.cfg.bound_returns else None,
+                reduction="none",
+            )
+            return loss.make_value_estimator(gamma=self.gamma)
+        kind = "scalar" if method == "qc" else method
+        outputs = 1 if kind == "scalar" else self.cfg.num_atoms
+        network = self._value_stack(num_critics * len(settings), features, outputs)
+        support = self._support if kind in baselines.HISTOGRAMS else None
+        atoms = {"support": support, "num_atoms": self.cfg.num_atoms}
+        units = {"loc": loc, "scale": scale}
+        critic = baselines.make_critic(kind, network, num_critics=num_critics, **atoms, **units)
+        if method == "qc":
+            options = {"num_candidates": self.cfg.qc_candidates, "reduction": "none"}
+            loss = StackedQCLoss(self.policy, critic, **options)
+        else:
+            loss = CriticLoss(self.policy, critic, next_action="dataset", reduction="none")
+        return loss.make_value_estimator(gamma=self.gamma)
+
+    def _return_bounds(self) -> tuple[float, float]:
+        """Those of all tasks together, which share one loss."""
+        bounds = [
+            replay.return_bounds(self.gamma, utils.RETURN_SLACK) for replay in self.replays.values()
+        ]
+        lows, highs = zip(*bounds)
+        return min(lows), max(highs)
+
+    def _compute_terms(self, row: Tensor) -> list[Tensor]:
+        """Losses of base policies and value networks, means over the batch."""
+        terms = []
+        if self.cfg.policies is None:
+            batch = self._first_windows.policy_batch(row)
+            terms.append(self._first_loss.actor_loss(batch)[0])
+        for method, loss in self.losses.items():
+            regression = loss.value_loss if method == "evor" else loss.qvalue_loss
+            terms.append(regression(self.windows[method].value_batch(row))[0])
+        return [term.mean(-1) for term in terms]
+
+    def _update(self) -> None:
+        terms = self.compute_terms(self._first_windows.rows(self.cfg.data.batch_size))
+        self.optimizer.zero_grad()
+        # Sums over models give each model the gradient it has alone.
+        sum(term.sum() for term in terms).backward()
+        self.optimizer.step()
+        for updater in self.updaters:
+            updater.step()
+        self.metrics.copy_(torch.stack([term.detach().mean() for term in terms]))
+
+    @property
+    def policy_updates(self) -> int:
+        """Updates of the base policies, which may come from an earlier run."""
+        return self.num_updates if self.cfg.policies is None else self._policy_updates
+
+    def training_text(self, method: str) -> str:
+        """What the training of a method depends on, for its rows."""
+        text = results_io.training_text(method, self.training_settings)
+        if self.policy_updates != self.num_updates:
+            text += f" policy_updates={self.policy_updates}"
+        if self.cfg.schedule != "constant" and self.num_updates < self.cfg.num_updates:
+            # Stopped by max_seconds: the start of a longer schedule is no shorter run.
+            text += f" planned_updates={self.cfg.num_updates}"
+        return text
+
+    @property
+    def _first_windows(self) -> TaskWindows:
+        return next(iter(self.windows.values()))
+
+    @property
+    def _first_loss(self) -> torch.nn.Module:
+        return next(iter(self.losses.values()))
+
+    def update(self) -> None:
+        """One gradient step of every network; asynchronous on CUDA."""
+        self.num_updates += 1
+        if self.stream is None:
+            self._update()
+            return self.scheduler.step()
+        with torch.cuda.stream(self.stream):
+            self._update() if self.graph is None else self.graph.replay()
+            self.scheduler.step()
+        if self.num_updates == 10:
+            self._capture()
+
+    def synchronize(self) -> None:
+        """Waits until the updates so far are done."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def _capture(self) -> None:
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self._update()
+        self.graph = graph
+
+    def agents(self, method: str):
+        """Trained agents of a method, as ``(setting, agent)``."""
+        policies = self.policy.module.velocity_network.unstack()
+        settings, seeds = self.settings[method], list(self.cfg.seeds)
+        if method == "bc":
+            for setting in settings:
+                yield setting, agents.Agent(policies[seeds.index(setting.seed)], [], 0.0, 1.0)
+            return
+        loss = self.losses[method]
+        model = loss.value_network if method == "evor" else loss.qvalue_network
+        stacks = model.members if method == "evor" else [model.network]
+        networks = [network for stack in stacks for network in stack.unstack()]
+        for index, setting in enumerate(settings):
+            # Members of an ensemble lie one stack of settings apart.
+            members = networks[index :: len(settings)]
+            loc, scale = model.loc[index].item(), model.scale[index].item()
+            policy = policies[seeds.index(setting.seed)]
+            atoms = getattr(model, "atoms", None)
+            support = None if atoms is None else (atoms[0].item(), atoms[-1].item())
+            yield setting, agents.Agent(policy, members, loc, scale, support)
+
+
+def make_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream for a program, before PyTorch 2.13 one for all."""
+    # Until then all graphs read the offset of one generator, which each replay sets: two replays at
+    # a time would draw the same numbers.
+    return torch.cuda.Stream(device) if torch.__version__ >= "2.13" else _shared_stream(device)
+
+
+@functools.cache
+def _shared_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def training_settings(cfg: DictConfig, gamma: float, origin: str) -> dict[str, object]:
+    """Values for :func:`results_io.training_text`."""
+    return {
+        "data": origin,
+        "lr": cfg.lr,
+        "schedule": cfg.schedule,
+        "observation_spread": cfg.data.observation_spread,
+        "policy_hidden": "x".join(map(str, cfg.hidden_sizes)),
+        "policy_activation": cfg.activation,
+        "policy_steps": cfg.policy_steps,
+        "gamma": gamma,
+        "tau": cfg.tau,
+        "value_spread": cfg.value_spread,
+        "value_activation": cfg.activation,
+        "layer_norm": cfg.layer_norm,
+        "value_steps": cfg.value_steps,
+        "value_solver": cfg.value_solver,
+        "td_target": cfg.td_target,
+        "next_action": "dataset",
+        "bound_returns": cfg.bound_returns,
+        "num_critics": cfg.num_critics.qc,
+        "next_candidates": cfg.qc_candidates,
+        "num_atoms": cfg.num_atoms,
+    }
+
+
+def load_task(cfg: DictConfig, name: str, task: int, gamma: float) -> OGBenchExperienceReplay:
+    """The dataset of an environment, labelled for one of its tasks."""
+    return OGBenchExperienceReplay(
+        f"{name}-singletask-task{task}-v0",
+        gamma=gamma,
+        source=cfg.data.source,
+        root=cfg.data.root,
+        directory=cfg.data.directory,
+        num_transitions=cfg.data.num_transitions if cfg.data.source == "local" else None,
+    )
