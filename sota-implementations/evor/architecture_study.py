@@ -23,12 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from torchrl_evor import ReturnFlow, StackedVelocityMLP
-from torchrl_evor.modules.functional import TD_TARGETS
 from torchrl_evor.modules.models.embeddings import (
     EmbeddedVelocity,
     FourierEmbedding,
     GaussianBinEmbedding,
 )
+from torchrl_evor.objectives.td_targets import TD_TARGETS
 
 SETTINGS = ("hidden_sizes", "layer_norm", "z", "time")
 LABELS = (*value_study.LABELS, "variant", "parameters", *SETTINGS)

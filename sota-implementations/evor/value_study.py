@@ -43,7 +43,8 @@ from torchrl_evor import (
     StackedVelocityMLP,
     VelocityMLP,
 )
-from torchrl_evor.modules.functional import TD_TARGETS, check_choice
+from torchrl_evor.modules.functional import check_choice
+from torchrl_evor.objectives.td_targets import TD_TARGETS
 from torchrl_evor.record import mean
 
 LABELS = ("problem", "method", "updates", "seconds", "seed")

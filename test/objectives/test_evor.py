@@ -36,7 +36,7 @@ from torchrl_evor import (
     StackedVelocityMLP,
     VelocityMLP,
 )
-from torchrl_evor.modules.functional import TD_TARGETS
+from torchrl_evor.objectives.td_targets import TD_TARGETS
 
 
 class Encoded(nn.Module):

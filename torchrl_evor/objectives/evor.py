@@ -13,17 +13,16 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from torchrl_evor.modules.functional import (
-    TD_TARGETS,
     check_bounds,
     check_choice,
     check_positive,
     check_temperature,
-    confine_velocity,
     integrate,
 )
 from torchrl_evor.modules.models.return_flow import ReturnFlow
 from torchrl_evor.modules.tensordict_module.actors import FlowMatchingPolicy
 from torchrl_evor.objectives.flow_policy import FlowPolicyLoss
+from torchrl_evor.objectives.td_targets import TD_TARGETS, confine_velocity
 
 __all__ = ["EVORLoss"]
 
@@ -49,7 +48,7 @@ class EVORLoss(FlowPolicyLoss):
     Source: *Expressive Value Learning for Scalable Offline Reinforcement
     Learning*, `arXiv:2510.08218 <https://arxiv.org/abs/2510.08218>`_. The
     ``"bellman"`` target is derived in
-    :func:`~torchrl_evor.modules.functional.bellman_target`.
+    :func:`~torchrl_evor.objectives.td_targets.bellman_target`.
 
     Args:
         actor_network (FlowMatchingPolicy): base policy.
@@ -69,7 +68,7 @@ class EVORLoss(FlowPolicyLoss):
         return_bounds (tuple of float, optional): least and greatest return that is
             possible, in reward units. What the target network says of the next return is
             confined to them, so that bootstrapping cannot run away; see
-            :func:`~torchrl_evor.modules.functional.confine_velocity`. Better with room
+            :func:`~torchrl_evor.objectives.td_targets.confine_velocity`. Better with room
             around them: where returns lie at a bound, a tight one is a bias. Defaults to
             ``None``, no bounds.
         delay_value (bool, optional): keep a target value network, to be
