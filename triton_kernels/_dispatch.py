@@ -109,7 +109,7 @@ def _triton_reads(
 ) -> tuple[tuple, dict]:
     """What the launches read, as positional and named arguments."""
     # The kernels' module imports triton, which is optional.
-    from . import _config, _launch
+    from . import _config, _launch, _triton_weights
 
     precision = _resolve_precision(precision, tensors[0].dtype)
     widths = _widths(tensors, eps)
@@ -117,7 +117,7 @@ def _triton_reads(
     weights = _cached(
         packed,
         ("triton", precision, isinstance(config, _launch.LoopConfig)),
-        lambda: _launch.pack_weights(
+        lambda: _triton_weights.pack_weights(
             tensors, eps >= 0, precision, isinstance(config, _launch.LoopConfig)
         ),
     )

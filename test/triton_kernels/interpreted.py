@@ -17,6 +17,7 @@ from torchrl_evor.triton_kernels import (
     _config,
     _dispatch,
     _launch,
+    _launch_select,
     evor_select,
     philox_gumbel,
     philox_normal,
@@ -175,9 +176,9 @@ def test_memory_does_not_grow_with_the_nodes(
     use_tile(tile)
     case = Case(2, 7, nodes, (16, 16), **{"num_steps": 1} | options)
     whole, kept = _run(case, "tf32x3"), []
-    average = _launch._average
+    average = _launch.average
     monkeypatch.setattr(
-        _launch, "_average", lambda z, *reads: kept.append(z.numel()) or average(z, *reads)
+        _launch, "average", lambda z, *reads: kept.append(z.numel()) or average(z, *reads)
     )
     with torch.no_grad():
         got = evor_select(case.packed, *case.inputs(), **case.options, backend="triton")
@@ -190,7 +191,7 @@ def test_nan_never_wins_and_ties_go_to_the_lowest_index():
     z = torch.tensor([[[float("nan")], [1.0], [2.0], [2.0]], [[float("nan")]] * 4])
     one, zero = torch.ones(()), torch.zeros(())
     action = torch.arange(8.0).reshape(2, 4, 1)
-    chosen, value, q, _ = _launch.select(z, action, None, None, zero, one, 1.0, 0.0, False)
+    chosen, value, q, _ = _launch_select.select(z, action, None, None, zero, one, 1.0, 0.0, False)
     assert chosen.flatten().tolist() == [2.0, 4.0]
     assert value[0] == 2.0 and value[1].isnan()
     assert q[0, 0].isnan() and q[1].isnan().all()
@@ -250,12 +251,12 @@ def test_gumbel_noise_of_a_seed_is_that_of_the_reference():
     action = torch.arange(35.0).expand(64, 35).unsqueeze(-1).contiguous()
     scalars = torch.zeros(()), torch.ones(())
     z = torch.zeros(*shape, 1)
-    chosen, *_ = _launch.select(z, action, seed, None, *scalars, 1.0, 0.5, False)
+    chosen, *_ = _launch_select.select(z, action, seed, None, *scalars, 1.0, 0.5, False)
     assert torch.equal(chosen.flatten().long(), philox_gumbel(seed, shape).argmax(-1))
     # Values that cancel the noise of the reference leave a tie of all candidates.
     z = -0.5 * philox_gumbel(seed, shape).unsqueeze(-1)
     z[:, 20] += 1e-5
-    chosen, *_ = _launch.select(z, action, seed, None, *scalars, 1.0, 0.5, False)
+    chosen, *_ = _launch_select.select(z, action, seed, None, *scalars, 1.0, 0.5, False)
     assert (chosen == 20).all()
 
 

@@ -120,7 +120,7 @@ def _launches(
     on_launch=lambda: None,
 ):
     """The launches of one call; enough rows are claimed to get the tile for that many."""
-    from torchrl_evor.triton_kernels import _launch
+    from torchrl_evor.triton_kernels import _launch, _triton_weights
 
     case = Case(1, 2, 4, (width,) * 4)
     packed = case.packed
@@ -133,7 +133,7 @@ def _launches(
     @torch.no_grad()
     def call():
         reads = packed.tensors(), packed.layer_norm, precision, design == "loop"
-        weights = _launch.pack_weights(*reads)
+        weights = _triton_weights.pack_weights(*reads)
         options = {"activation": packed.activation, "eps": packed.eps, "precision": precision}
         one = torch.ones(())
         reads = weights, case.observation, case.action, noise, 4, gumbel, None, one, one
@@ -177,7 +177,7 @@ def test_noise_from_a_seed_spills_nothing(monkeypatch, tmp_path, design, only, c
 @pytest.mark.parametrize("design", ["layered", "loop"])
 def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch, design):
     """What a machine of one GPU cannot show: launches happen inside the guard, and only there."""
-    from torchrl_evor.triton_kernels import _launch
+    from torchrl_evor.triton_kernels import _launch, _launch_select, _triton_weights
 
     inside, launched = [], []
 
@@ -187,7 +187,8 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch, design):
         yield
         inside.pop()
 
-    monkeypatch.setattr(_launch, "device_guard", guard)
+    for module in (_launch, _launch_select, _triton_weights):
+        monkeypatch.setattr(module, "device_guard", guard)
     _launches(monkeypatch, design, "fp16", 1, 64, on_launch=lambda: launched.append(len(inside)))
     assert len(launched) > 5 and set(launched) == {1}
 
