@@ -94,8 +94,9 @@ def test_critics_of_many_act_as_they_were_trained(recipe_root, short_run, tmp_pa
             assert type(returns) is type(critic)
 
 
-def test_many_methods_share_their_rows(recipe_root, short_run, monkeypatch):
-    """A long window may start shortly before a terminal, where a short one cannot."""
+@pytest.mark.parametrize("n_step, fewer", [(1, True), (2, False)])
+def test_many_methods_share_their_rows(recipe_root, short_run, monkeypatch, n_step, fewer):
+    """A window of two chunks may start shortly before a terminal, where one of one cannot."""
     import programs
     from hydra import compose, initialize_config_dir
 
@@ -112,19 +113,19 @@ def test_many_methods_share_their_rows(recipe_root, short_run, monkeypatch):
 
     monkeypatch.setattr(programs, "load_task", load_with_terminal)
     options = [f"data.root={recipe_root / 'data'}", *SMALL_MANY, "tasks=[1]", "chunk_size=5"]
-    options += ["n_steps=[4]", "methods=[evor,qc]"]
+    options += ["n_steps=[4]", "methods=[evor,qc]", f"qc_n_step={n_step}"]
     with initialize_config_dir(str(RECIPE), version_base="1.3"):
         cfg = compose("many", overrides=options)
     program = programs.Program(cfg, TASK, 0.9, torch.device("cpu"))
     windows = list(program.windows.values())
     assert torch.equal(windows[0].start, windows[1].start)
-    for method, longest in (("evor", 20), ("qc", 5)):
+    for method, longest in (("evor", 20), ("qc", 5 * n_step)):
         batch = program.windows[method].value_batch(windows[0].start.unsqueeze(0))
         steps = batch["steps_to_next_obs"]
         assert steps.min() >= 1 and steps.max() == longest
-    # Without the first method there are more rows, so that something was left out.
+    # Without Q-chunking there are more rows, where its windows leave something out.
     alone = programs.TaskWindows(program.replays, program.settings["evor"], 0.9, program.device, 5)
-    assert len(alone.start) > len(windows[0].start)
+    assert (len(alone.start) > len(windows[0].start)) == fewer
 
 
 def test_many_draws_candidates_where_no_task_has_ended(monkeypatch):

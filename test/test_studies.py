@@ -215,12 +215,18 @@ class TestAgentFiles:
             ("policy_steps=4", "policy_steps=4 must be .* was built with 2"),
             ("num_critics.evor=3", "num_critics.evor=3 must be .* was built with 1"),
             ("n_steps=[10]", r"n_steps=\[10\] must be .* was built with 5"),
+            ("qc_n_step=1", "qc_n_step=1 must be .* was built with 5"),
         ],
     )
     def test_a_given_option_must_be_theirs(self, tmp_path, monkeypatch, override, message):
-        agent_file(tmp_path)
+        method = "qc" if override.startswith("qc") else "evor"
+        agent_file(tmp_path, method)
         with pytest.raises(ValueError, match=message):
-            self.find(monkeypatch, tmp_path, override)
+            self.find(monkeypatch, tmp_path, override, f"methods=[{method}]")
+
+    def test_windows_are_those_of_the_method(self, tmp_path, monkeypatch):
+        path, given = agent_file(tmp_path, "qc"), ["n_steps=[10]", "qc_n_step=5", "methods=[qc]"]
+        assert self.find(monkeypatch, tmp_path, *given) == {path: "qc"}
 
     def test_defaults_say_nothing_about_them(self, tmp_path, monkeypatch):
         path = changed(agent_file(tmp_path), chunk_size=5)

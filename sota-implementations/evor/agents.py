@@ -171,8 +171,8 @@ def _check_options(path: Path, content: dict, cfg: DictConfig, given: set[str]) 
     method = content["method"]
     theirs = {name: content[name] for name in BUILT_WITH if content[name] is not None}
     theirs[f"num_critics.{method}"] = len(content["value"])
-    if method not in ("qc", "bc"):  # of one decision, whatever n_steps says
-        theirs["n_steps"] = content["n_step"]
+    if method != "bc":  # which has no windows
+        theirs["qc_n_step" if method == "qc" else "n_steps"] = content["n_step"]
     for name in (name for name in theirs if name in given):
         ours = OmegaConf.select(cfg, name)
         if theirs[name] not in (ours if name == "n_steps" else [ours]):

@@ -35,7 +35,7 @@ from torchrl_evor.modules.functional import check_choice, check_positive
 class StackedQCLoss(QCLoss):
     """QCLoss over a stack of critics whose tasks share the candidates at the next state.
 
-    The windows of all tasks, of one decision each, reach the same state, so the
+    The windows of all tasks, of one length, reach the same state, so the
     candidates are drawn once for each seed. Only a terminal ends a window sooner,
     and behind it no candidate counts.
     """
@@ -64,6 +64,7 @@ class Program:
 
     def __init__(self, cfg: DictConfig, name: str, gamma: float, device: torch.device) -> None:
         check_positive("chunk_size", cfg.chunk_size)
+        n_steps = {"qc": [check_positive("qc_n_step", cfg.qc_n_step)], "bc": [1]}
         for method in cfg.methods:
             check_choice("methods", method, ("evor", *baselines.CRITICS, "qc", "bc"))
         if cfg.policies is not None and "bc" in cfg.methods:
@@ -77,9 +78,7 @@ class Program:
         self.settings = {
             method: [
                 Setting(*row)
-                for row in itertools.product(
-                    cfg.seeds, cfg.tasks, [1] if method in ("qc", "bc") else cfg.n_steps
-                )
+                for row in itertools.product(cfg.seeds, cfg.tasks, n_steps.get(method, cfg.n_steps))
             ]
             for method in cfg.methods
         }
