@@ -647,3 +647,7 @@ def test_rows_say_how_numbers_came_about():
             assert result_rows.ran_on(device, compose(name, overrides=options)).endswith(
                 " actor.backend=torch actor.precision=bf16 matmul_precision=highest"
             )
+
+
+if __name__ == "__main__":
+    pytest.main([__file__, "-v"])

@@ -148,3 +148,7 @@ class TestLaws:
 
     def test_coupled_is_exact_without_discount(self):
         assert self.errors("coupled", 1.0)[0].abs().max() < 1e-9
+
+
+if __name__ == "__main__":
+    pytest.main([__file__, "-v"])
