@@ -9,7 +9,7 @@ import torch
 import torchrl_evor.triton_kernels as triton_kernels
 from _known_laws import GaussianReturns, PointEnv, euler_gaussian_std
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, set_skip_existing
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs import SerialEnv
@@ -416,6 +416,14 @@ class TestShapes:
     def test_dispatch(self):
         action, value = make_actor()(observation=torch.zeros(4, 2))
         assert action.shape == (4, 2) and value.shape == (4, 1)
+
+    def test_what_exists_is_kept_on_request(self):
+        data = observations(4).set("action", torch.full((4, 2), 7.0))
+        with set_skip_existing():
+            assert "state_action_value" in make_actor()(data)  # of two entries one was missing
+            there = make_actor()(data.set("action", torch.full((4, 2), 7.0)))
+        assert (there["action"] == 7).all()
+        assert (make_actor()(data)["action"] != 7).all()
 
     def test_no_gradient(self):
         data = observations(4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from _known_laws import GaussianReturns, euler_gaussian_std
 from tensordict import TensorDict
+from tensordict.nn import set_skip_existing
 from torch import nn
 from torchrl_evor.triton_kernels import _checks
 
@@ -222,6 +223,14 @@ class TestModule:
     def test_dispatch(self):
         value = mlp_flow()(observation=torch.zeros(2, 3), action=torch.zeros(2, 2))
         assert value.shape == (2, 1)
+
+    def test_what_exists_is_kept_on_request(self):
+        observation, action = states((3.0, 2.0), (-4.0, 1.0))
+        seven = torch.full((2, 1), 7.0)
+        data = TensorDict(observation=observation, action=action, state_action_value=seven)
+        with set_skip_existing():
+            assert (gaussian_flow()(data)["state_action_value"] == 7).all()
+        assert (gaussian_flow()(data)["state_action_value"] != 7).all()
 
     def test_nested_keys(self):
         flow = mlp_flow(in_keys=[("agent", "obs"), ("agent", "act")], out_keys=[("agent", "q")])

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
 from tensordict.utils import NestedKey, unravel_key_list
 from torch import Tensor
 
@@ -193,6 +193,7 @@ class ReturnModel(TensorDictModuleBase):
         return self.q_star(observation.unsqueeze(-2), candidates, tau, num_samples, nodes)
 
     @dispatch
+    @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the mean return of the state and action, ``[*B, 1]``."""
         observation, action = (tensordict[key] for key in self.in_keys)

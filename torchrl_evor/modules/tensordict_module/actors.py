@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch, set_skip_existing
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
@@ -221,6 +221,7 @@ class EVORActor(TensorDictModuleBase):
             return self.policy(expanded).get(self.returns.in_keys[1]).movedim(axis, -2)
 
     @dispatch(auto_batch_size=False)
+    @set_skip_existing(None)
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the chosen action ``[*B, act]`` and its value ``[*B, 1]``."""
