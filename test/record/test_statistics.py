@@ -216,6 +216,9 @@ class TestWilsonInterval:
         assert wilson_interval(0, 50).high == pytest.approx(0.0713476, abs=1e-6)
         assert wilson_interval(50, 50).high == 1.0
 
+    def test_one_trial(self):
+        assert wilson_interval(1, 1).low == pytest.approx(1 / 4.841459, abs=1e-6)
+
     @pytest.mark.parametrize(
         "successes, trials, match",
         [(0, 0, "trials must be at least 1"), (3, 2, "successes must lie"), (-1, 2, "successes")],
