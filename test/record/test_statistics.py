@@ -195,6 +195,8 @@ class TestStratifiedBootstrap:
             ((SCORES, SCORES[:3]), {"paired": True}, r"paired=True .* got \[4, 3\]"),
             (SCORES, {"num_resamples": 0}, "num_resamples must be at least 1, got 0"),
             (SCORES, {"confidence": 95}, "confidence must lie strictly between 0 and 1, got 95"),
+            (SCORES, {"confidence": 1.0}, "confidence must lie strictly between 0 and 1, got 1.0"),
+            (SCORES, {"confidence": 0.0}, "confidence must lie strictly between 0 and 1, got 0.0"),
         ],
     )
     def test_bad_input(self, scores, kwargs, match):
