@@ -82,15 +82,7 @@ class Program:
             ]
             for method in cfg.methods
         }
-        self.windows = {
-            method: TaskWindows(self.replays, settings, gamma, device, cfg.chunk_size)
-            for method, settings in self.settings.items()
-        }
-        # In chunks a long window may start where a short one cannot.
-        starts = (windows.start for windows in self.windows.values())
-        start = functools.reduce(lambda all_, these: all_[torch.isin(all_, these)], starts)
-        for windows in self.windows.values():
-            windows.start = start
+        self.windows = self._make_windows()
         self.observation_dim = self._first_windows.observation.shape[-1]
         self.action_dim = cfg.chunk_size * self._first_windows.action.shape[-1]
         self.policy_units = utils.input_units(cfg.data.observation_spread, replay)
@@ -102,23 +94,41 @@ class Program:
             raise ValueError("methods must name one besides 'bc', which has no value network.")
         self.losses = {method: self._make_loss(method).to(device) for method in learning}
         self.updaters = [SoftUpdate(loss, tau=cfg.tau) for loss in self.losses.values()]
-        on_cuda = device.type == "cuda"
-        parameters = dict.fromkeys(
-            p for loss in self.losses.values() for p in loss.parameters() if p.requires_grad
-        )
-        # A graph reads the learning rate from a tensor, which the scheduler fills.
-        lr = torch.tensor(cfg.lr, device=device) if on_cuda else cfg.lr
-        self.optimizer = torch.optim.Adam(list(parameters), lr=lr, fused=True, capturable=on_cuda)
+        self.optimizer = self._make_optimizer()
         self.scheduler = utils.make_scheduler(self.optimizer, cfg.schedule, cfg.num_updates)
         self.metrics = torch.zeros((cfg.policies is None) + len(self.losses), device=device)
-        self.stream = make_stream(device) if on_cuda else None
+        self.stream = make_stream(device) if device.type == "cuda" else None
         self.graph = None
         terms = self._compute_terms
         self.compute_terms = torch.compile(terms) if cfg.compile else terms
         self.num_updates = 0
-        if on_cuda:
+        if self.stream is not None:
             # Streams do not wait for each other: what is set up above belongs to the default one.
             self.stream.wait_stream(torch.cuda.current_stream(device))
+
+    def _make_windows(self) -> dict[str, TaskWindows]:
+        """Windows of each method, with the starts that all of them have."""
+        made = {
+            method: TaskWindows(
+                self.replays, settings, self.gamma, self.device, self.cfg.chunk_size
+            )
+            for method, settings in self.settings.items()
+        }
+        # In chunks a long window may start where a short one cannot.
+        starts = (windows.start for windows in made.values())
+        start = functools.reduce(lambda all_, these: all_[torch.isin(all_, these)], starts)
+        for windows in made.values():
+            windows.start = start
+        return made
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        parameters = dict.fromkeys(
+            p for loss in self.losses.values() for p in loss.parameters() if p.requires_grad
+        )
+        on_cuda = self.device.type == "cuda"
+        # A graph reads the learning rate from a tensor, which the scheduler fills.
+        lr = torch.tensor(self.cfg.lr, device=self.device) if on_cuda else self.cfg.lr
+        return torch.optim.Adam(list(parameters), lr=lr, fused=True, capturable=on_cuda)
 
     def _make_policy(self) -> FlowMatchingPolicy:
         """One base policy for each seed, shared by all methods and tasks."""

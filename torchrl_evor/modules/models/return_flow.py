@@ -289,20 +289,21 @@ class ReturnFlow(ReturnModel):
             return super().select(
                 observation, candidates, tau_r=tau_r, tau_q=tau_q, gumbel=gumbel, **options
             )
+        choice = {"tau_r": tau_r, "tau_q": tau_q, "backend": backend, "precision": precision}
+        return self._select_fused(observation, candidates, gumbel, num_samples, nodes, **choice)
+
+    def _select_fused(
+        self, observation, candidates, gumbel, num_samples, nodes, *, tau_r, tau_q, **options
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # The single seam to the kernels, whose module is not needed to train.
         from torchrl_evor.triton_kernels import evor_select, pack_velocity_mlp, sample_returns
 
+        options |= {"solver": self.solver, "tolerance": self.tolerance}
         noise, log_weights = self._nodes(candidates, num_samples, nodes)
         if noise is None:
             noise = candidates.new_empty(*candidates.shape[:-1], num_samples).normal_()
         sizes = observation.shape[-1], candidates.shape[-1]
         packed = [pack_velocity_mlp(network, *sizes) for network in self.members]
-        options = {
-            "solver": self.solver,
-            "backend": backend,
-            "precision": precision,
-            "tolerance": self.tolerance,
-        }
         if len(packed) > 1:
             z = [
                 sample_returns(member, observation, candidates, noise, self.num_steps, **options)
