@@ -128,15 +128,22 @@ def test_many_methods_share_their_rows(recipe_root, short_run, monkeypatch, n_st
     assert (len(alone.start) > len(windows[0].start)) == fewer
 
 
-def test_many_draws_candidates_where_no_task_has_ended(monkeypatch):
+@pytest.mark.parametrize("method", ["qc", "evor"])
+def test_many_draws_candidates_where_no_task_has_ended(monkeypatch, method):
     """A task that ends within the chunk leaves the candidates to the state of the others."""
-    from programs import StackedQCLoss
+    from programs import StackedEVORLoss, StackedQCLoss
 
-    from torchrl_evor import FlowMatchingPolicy, ScalarCritic, StackedVelocityMLP
+    from torchrl_evor import FlowMatchingPolicy, ReturnFlow, ScalarCritic, StackedVelocityMLP
 
     policy = FlowMatchingPolicy(StackedVelocityMLP(1, 1 + 2 + 1, 2, hidden_sizes=(4,)), 2)
-    critic = ScalarCritic(StackedVelocityMLP(4, 1 + 2, hidden_sizes=(4,)), num_critics=2)
-    loss = StackedQCLoss(policy, critic, num_candidates=3, reduction="none")
+    options = {"num_candidates": 3, "reduction": "none"}
+    if method == "qc":
+        critic = ScalarCritic(StackedVelocityMLP(4, 1 + 2, hidden_sizes=(4,)), num_critics=2)
+        loss = StackedQCLoss(policy, critic, **options)
+    else:
+        flow = StackedVelocityMLP(2, 1 + 2 + 2, hidden_sizes=(4,))
+        returns = ReturnFlow(flow, 2, loc=torch.tensor([0.0, 1.0]))
+        loss = StackedEVORLoss(policy, returns, next_action="improved", **options)
     asked = []
     module = type(policy.module)
     forward = module.forward
@@ -149,6 +156,37 @@ def test_many_draws_candidates_where_no_task_has_ended(monkeypatch):
     assert loss._next_action(batch).shape == (2, 2, 2)
     expected = torch.tensor([[5.0], [7.0]]).expand(2, 3).unsqueeze(-1)
     torch.testing.assert_close(asked[0][0], expected)
+
+
+def test_many_improves_each_task_by_its_own_law():
+    """The next action of a stack's task is the best of its candidates by its flow alone."""
+    from programs import StackedEVORLoss
+
+    from torchrl_evor import FlowMatchingPolicy, ReturnFlow, StackedVelocityMLP
+
+    policy = FlowMatchingPolicy(StackedVelocityMLP(1, 1 + 2 + 1, 2, hidden_sizes=(4,)), 2)
+    flow = StackedVelocityMLP(2, 1 + 2 + 2, hidden_sizes=(8,))
+    units = {"loc": torch.tensor([0.0, 5.0]), "scale": torch.tensor([1.0, 3.0])}
+    options = {"num_candidates": 6, "num_samples": 3, "tau_r": 2.0, "tau_q": 0.0}
+    loss = StackedEVORLoss(
+        policy, ReturnFlow(flow, 2, **units), next_action="improved", reduction="none", **options
+    )
+    following = torch.randn(1, 5, 1).expand(2, 5, 1)
+    batch = TensorDict(
+        steps_to_next_obs=torch.ones(2, 5, 1, dtype=torch.long),
+        next=TensorDict(observation=following),
+    )
+    torch.manual_seed(1)
+    candidates = loss._next_candidates(batch)
+    assert torch.equal(candidates[0], candidates[1])
+    torch.manual_seed(1)
+    chosen = loss._next_action(batch)
+    for index, network in enumerate(flow.unstack()):
+        alone = ReturnFlow(network, 2, **{name: value[index] for name, value in units.items()})
+        choice = {"num_samples": 3, "tau_r": 2.0}
+        action, *_ = alone.select(following[index], candidates[index], **choice)
+        torch.testing.assert_close(chosen[index], action)
+    assert not torch.equal(chosen[0], chosen[1])
 
 
 def test_many_keeps_the_base_policies_of_an_earlier_run(recipe_root, short_run, tmp_path):

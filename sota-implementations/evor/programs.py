@@ -32,15 +32,15 @@ from torchrl_evor.data import OGBenchExperienceReplay
 from torchrl_evor.modules.functional import check_choice, check_positive
 
 
-class StackedQCLoss(QCLoss):
-    """QCLoss over a stack of critics whose tasks share the candidates at the next state.
+class SharedCandidates:
+    """Of a loss over a stack of values: its tasks share the candidates at the next state.
 
     The windows of all tasks, of one length, reach the same state, so the
     candidates are drawn once for each seed. Only a terminal ends a window sooner,
     and behind it no candidate counts.
     """
 
-    def _next_action(self, tensordict) -> Tensor:
+    def _next_candidates(self, tensordict) -> Tensor:
         following = tensordict["next", "observation"]
         num_seeds = self.actor_network.module.velocity_network.num_models
         copies = len(following) // num_seeds
@@ -51,9 +51,15 @@ class StackedQCLoss(QCLoss):
             candidates = self.actor_network.module(
                 states.squeeze(1).unsqueeze(-2).expand(num_seeds, *rows)
             )
-        candidates = candidates.repeat_interleave(copies, 0)
-        with self._swap("qvalue_network"):
-            return self.qvalue_network.select(following, candidates, tau_r=float("inf"))[0]
+        return candidates.repeat_interleave(copies, 0)
+
+
+class StackedQCLoss(SharedCandidates, QCLoss):
+    """QCLoss over a stack of critics."""
+
+
+class StackedEVORLoss(SharedCandidates, EVORLoss):
+    """EVORLoss over a stack of flows."""
 
 
 class Program:
@@ -67,6 +73,9 @@ class Program:
         n_steps = {"qc": [check_positive("qc_n_step", cfg.qc_n_step)], "bc": [1]}
         for method in cfg.methods:
             check_choice("methods", method, ("evor", *baselines.CRITICS, "qc", "bc"))
+        check_choice("next_action", cfg.next_action, ("dataset", "improved"))
+        if cfg.next_action == "improved" and len(cfg.n_steps) > 1:
+            raise ValueError(f"n_steps must be one for next_action=improved, got {cfg.n_steps}.")
         if cfg.policies is not None and "bc" in cfg.methods:
             # It would be counted as trained by the updates of this run.
             raise ValueError("methods must be without 'bc' where policies are kept, not trained.")
@@ -190,13 +199,14 @@ class Program:
             networks = [self._value_stack(len(settings), features + 2) for _ in range(num_critics)]
             steps, solver = self.cfg.value_steps, self.cfg.value_solver
             returns = ReturnFlow(networks, steps, solver=solver, loc=loc, scale=scale)
-            loss = EVORLoss(
+            loss = StackedEVORLoss(
                 self.policy,
                 returns,
                 td_target=self.cfg.td_target,
-                next_action="dataset",
+                next_action=self.cfg.next_action,
                 return_bounds=self._return_bounds() if self.cfg.bound_returns else None,
                 reduction="none",
+                **self.cfg.improved,
             )
             return loss.make_value_estimator(gamma=self.gamma)
         kind = "scalar" if method == "qc" else method
@@ -249,7 +259,11 @@ class Program:
 
     def training_text(self, method: str) -> str:
         """What the training of a method depends on, for its rows."""
-        text = results_io.training_text(method, self.training_settings)
+        settings = self.training_settings
+        if method == "evor":  # critics evaluate the policy of the data
+            next_action = results_io.next_action_text(self.cfg.next_action, self.cfg.improved)
+            settings = {**settings, "next_action": next_action}
+        text = results_io.training_text(method, settings)
         if self.policy_updates != self.num_updates:
             text += f" policy_updates={self.policy_updates}"
         if self.cfg.schedule != "constant" and self.num_updates < self.cfg.num_updates:

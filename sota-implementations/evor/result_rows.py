@@ -59,10 +59,6 @@ def append_result(
 
 def training_settings(cfg: DictConfig, origin: str) -> dict[str, object]:
     """Values for :func:`results_io.training_text` from a configuration of a single run."""
-    next_action = cfg.loss.next_action
-    if next_action == "improved":
-        options = ",".join(f"{name}:{value:g}" for name, value in cfg.loss.improved.items())
-        next_action = f"improved({options})"
     settings = {
         "data": origin,
         "lr": cfg.optim.lr,
@@ -79,7 +75,7 @@ def training_settings(cfg: DictConfig, origin: str) -> dict[str, object]:
         "value_steps": cfg.value.num_steps,
         "value_solver": cfg.value.solver,
         "td_target": cfg.loss.td_target,
-        "next_action": next_action,
+        "next_action": results_io.next_action_text(cfg.loss.next_action, cfg.loss.improved),
         "bound_returns": cfg.loss.bound_returns,
     }
     baseline = dict(cfg.get("baseline", {}))

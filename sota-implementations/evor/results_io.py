@@ -156,6 +156,12 @@ def _check_field(name: str, kind: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 0, got {value!r}.")
 
 
+def next_action_text(next_action: str, improved: Mapping[str, float]) -> str:
+    """Where EVOR's next action comes from, with the options of ``"improved"``."""
+    options = ",".join(f"{name}:{value:g}" for name, value in improved.items())
+    return f"improved({options})" if next_action == "improved" else next_action
+
+
 def training_text(method: str, settings: Mapping[str, object]) -> str:
     """What the training of a method depends on, ``name=value`` each: rows of one text compare.
 
