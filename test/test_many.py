@@ -189,6 +189,24 @@ def test_many_improves_each_task_by_its_own_law():
     assert not torch.equal(chosen[0], chosen[1])
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["next_action=policy"], "next_action must be one of .*, got 'policy'"),
+        (["next_action=improved", "n_steps=[2,4]"], r"n_steps must be one .*, got \[2, 4\]"),
+        (["qc_n_step=0"], "qc_n_step must be an integer of at least 1, got 0"),
+    ],
+)
+def test_many_bad_input(options, message):
+    from hydra import compose, initialize_config_dir
+    from programs import Program
+
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        cfg = compose("many", overrides=options)
+    with pytest.raises(ValueError, match=message):
+        Program(cfg, TASK, 0.9, torch.device("cpu"))
+
+
 def test_many_keeps_the_base_policies_of_an_earlier_run(recipe_root, short_run, tmp_path):
     """``policies`` trains values alone, over networks that stay as they were saved."""
     import agents
