@@ -2,16 +2,25 @@
 #
 # This source code is licensed under the MIT license found in the
 # LICENSE file in the root directory of this source tree.
-"""Small runs of the recipe's scripts, each in a process of its own."""
+"""The recipe's scripts: importable, and small runs of them in processes of their own."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RECIPE = Path(__file__).resolve().parents[1] / "sota-implementations" / "evor"
+sys.path.insert(0, str(RECIPE))
+HAS_EXTRAS = all(
+    importlib.util.find_spec(name) is not None
+    for name in ("hydra", "ogbench", "matplotlib", "scipy", "tqdm")
+)
+needs_extras = pytest.mark.skipif(not HAS_EXTRAS, reason="needs the extras [all]")
 TASK = "pointmaze-medium-navigate"
 SMALL = [
     "data.num_transitions=4000",
@@ -29,9 +38,18 @@ SMALL = [
 ]
 
 
-def run(script: str, root: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(RECIPE / script), f"data.root={root / 'data'}", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run_script(script: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """A script of the recipe in a process of its own, on one thread."""
     return subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, str(RECIPE / script), *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
+
+
+def run(script: str, root: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """One over the data of all tests, which lie in ``root``."""
+    return run_script(script, root, f"data.root={root / 'data'}", *overrides)

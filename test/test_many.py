@@ -7,22 +7,14 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
-import sys
 
 import pytest
 import torch
-from _recipe_cases import RECIPE, TASK, run
+from _recipe_cases import RECIPE, TASK, needs_extras, run
 from tensordict import TensorDict
 
-sys.path.insert(0, str(RECIPE))
-
-_has_extras = all(
-    importlib.util.find_spec(name) is not None
-    for name in ("hydra", "ogbench", "matplotlib", "scipy", "tqdm")
-)
-pytestmark = pytest.mark.skipif(not _has_extras, reason="needs the extras [all]")
+pytestmark = needs_extras
 
 SMALL_MANY = [
     "data.num_transitions=4000",

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -18,16 +17,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _recipe_cases import RECIPE, SMALL, TASK, run
+from _recipe_cases import RECIPE, SMALL, TASK, needs_extras, run
 from tensordict import TensorDict
 
-sys.path.insert(0, str(RECIPE))
-
-_has_extras = all(
-    importlib.util.find_spec(name) is not None
-    for name in ("hydra", "ogbench", "matplotlib", "scipy", "tqdm")
-)
-pytestmark = pytest.mark.skipif(not _has_extras, reason="needs the extras [all]")
+pytestmark = needs_extras
 
 
 def check(recipe_root: Path, *overrides: str) -> None:

@@ -6,29 +6,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from _recipe_cases import HAS_EXTRAS, RECIPE, needs_extras, run_script
 
-RECIPE = Path(__file__).resolve().parents[1] / "sota-implementations" / "evor"
-sys.path.insert(0, str(RECIPE))
+pytestmark = needs_extras
 
-_has_extras = all(
-    importlib.util.find_spec(name) is not None
-    for name in ("hydra", "ogbench", "matplotlib", "scipy", "tqdm")
-)
-pytestmark = pytest.mark.skipif(not _has_extras, reason="needs the extras [all]")
-
-if _has_extras:
+if HAS_EXTRAS:
     import agents
     import architecture_study
     import costs
@@ -457,14 +447,7 @@ def root(tmp_path_factory):
 
 
 def run(script: str, root: Path, *overrides: str) -> None:
-    result = subprocess.run(
-        [sys.executable, str(RECIPE / script), *overrides],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    result = run_script(script, root, *overrides)
     assert result.returncode == 0, result.stderr[-2000:]
 
 

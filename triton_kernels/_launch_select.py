@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from ._select_kernel import _average_kernel, _select_kernel
 from ._triton_weights import CODEGEN, device_guard
@@ -48,7 +49,7 @@ def average(
         AVERAGE=_average_kind(tau_r),
         WEIGHTED=log_weights is not None,
         BLOCK_P=block_p,
-        BLOCK_N=min(_power_of_two(num_nodes), 64),
+        BLOCK_N=min(next_power_of_2(num_nodes), 64),
         num_warps=4,
         **CODEGEN,
     )
@@ -113,14 +114,10 @@ def _launch_select(
             WEIGHTED=log_weights is not None,
             GUMBEL=kind,
             RETURNS=returns.numel() > 0,
-            BLOCK_P=min(_power_of_two(num_candidates), 32),
-            BLOCK_N=min(_power_of_two(num_nodes), 64),
-            BLOCK_A=min(_power_of_two(action.shape[-1]), 64),
+            BLOCK_P=min(next_power_of_2(num_candidates), 32),
+            BLOCK_N=min(next_power_of_2(num_nodes), 64),
+            BLOCK_A=min(next_power_of_2(action.shape[-1]), 64),
             num_warps=4,
             **CODEGEN,
         )
     return chosen, value, q, returns
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from . import _evor_select as kernels
 from .packing import split_tensors
@@ -54,7 +55,7 @@ def padded_width(widths, power_of_two: bool) -> int:
     """Columns after padding: a power of two, or a multiple of 64 (of 128 above 128)."""
     width = max(*widths, 16)
     if power_of_two or width <= 64:
-        return 1 << (width - 1).bit_length()
+        return next_power_of_2(width)
     return -(-width // 128) * 128 if width > 128 else 128
 
 

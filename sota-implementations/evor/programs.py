@@ -17,6 +17,7 @@ import torch
 import utils
 from omegaconf import DictConfig
 from task_windows import Setting, TaskWindows
+from tensordict import TensorDict
 from torch import Tensor
 from torchrl.objectives import SoftUpdate
 
@@ -46,12 +47,8 @@ class SharedCandidates:
         copies = len(following) // num_seeds
         longest = tensordict["steps_to_next_obs"].unflatten(0, (num_seeds, copies)).argmax(1, True)
         states = following.unflatten(0, (num_seeds, copies)).take_along_dim(longest, 1)
-        rows = (*following.shape[1:-1], self.num_candidates, following.shape[-1])
-        with self._swap("actor_network"):
-            candidates = self.actor_network.module(
-                states.squeeze(1).unsqueeze(-2).expand(num_seeds, *rows)
-            )
-        return candidates.repeat_interleave(copies, 0)
+        shared = TensorDict(next=TensorDict(observation=states.squeeze(1)))
+        return super()._next_candidates(shared).repeat_interleave(copies, 0)
 
 
 class StackedQCLoss(SharedCandidates, QCLoss):
