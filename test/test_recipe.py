@@ -371,6 +371,24 @@ def test_text_of_a_training():
     assert text.endswith(f" next_action={improved} bound_returns=False")
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (RECIPE / "settings").iterdir()))
+def test_settings_of_a_dataset(name):
+    """One word sets what suits it; the command line has the last one, whatever the order."""
+    import utils
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        plain = compose("config")
+        cfg = compose("config", overrides=[f"+settings={name}"])
+        changed = compose("config", overrides=["chunk_size=3", f"+settings={name}"])
+    utils.check_config(cfg)
+    assert name.startswith(cfg.env.name) and cfg.keys() == plain.keys()
+    groups = [key for key in plain if OmegaConf.is_dict(plain[key])]
+    assert all(cfg[key].keys() == plain[key].keys() for key in groups)
+    assert (plain.chunk_size, cfg.chunk_size, changed.chunk_size) == (1, 5, 3)
+
+
 def test_bounds_of_returns():
     """Half the range of what is possible further out on either side, if they are asked for."""
     import utils
