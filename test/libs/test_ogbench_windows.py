@@ -214,6 +214,14 @@ class TestWindowStorage:
         with pytest.raises(ValueError, match=message):
             WindowStorage(self.data, **options)
 
+    @pytest.mark.parametrize("gamma", [0, 1])
+    def test_the_ends_of_gamma(self, gamma):
+        """A window of two earns its first reward alone, or both."""
+        sample = WindowStorage(self.data, n_step=2, gamma=gamma)[0]
+        reward = self.data["next", "reward"]
+        assert sample["steps_to_next_obs"] == 2
+        assert sample["next", "reward"] == reward[0] + gamma * reward[1]
+
     @pytest.mark.parametrize("key", ["episode", ("next", "action"), ("next", "reward")])
     def test_missing_entry(self, key):
         with pytest.raises(KeyError) as caught:
