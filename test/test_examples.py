@@ -18,6 +18,7 @@ import pytest
 import torch
 from _known_laws import Chain
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record import CSVLogger
@@ -69,6 +70,38 @@ def test_hand_written_loop(data):
     assert share_of_steps_to_the_right(actor) > 0.9
 
 
+def pictures(observation):
+    """Bright columns where the chain's state is, ``[*B, 1, 12, 12]``."""
+    columns = (255 * observation).to(torch.uint8).repeat_interleave(3, -1)
+    return columns[..., None, None, :].expand(*columns.shape[:-1], 1, 12, 12)
+
+
+def test_from_images():
+    """The walk again, seen as pictures."""
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(2000), batch_size=32)
+    walk = CHAIN.sample(2000)
+    for step in (walk, walk["next"]):
+        step["pixels"] = pictures(step.pop("observation"))
+    buffer.extend(walk)
+    actor = load("from_images").train(buffer, 150, CHAIN.gamma, UNITS[0], (64, 64))
+    camera = TensorDictModule(pictures, ["observation"], ["pixels"])
+    assert share_of_steps_to_the_right(TensorDictSequential(camera, actor)) > 0.9
+
+
+def test_an_encoder_learns_from_the_loss_of_what_it_feeds():
+    module = load("from_images")
+    walk = CHAIN.sample(8)
+    for step in (walk, walk["next"]):
+        step["pixels"] = pictures(step["observation"])
+    encoder, loss = module.make(walk, (0.0, 1.0), (8, 8))
+    parts = [[*part.parameters()] for part in encoder]
+    for name, mine, other in (("loss_actor", *parts), ("loss_value", *parts[::-1])):
+        encoder.zero_grad()
+        loss(module.encode(encoder, walk))[name].backward()
+        assert all(parameter.grad is not None for parameter in mine)
+        assert all(parameter.grad is None for parameter in other)
+
+
 @pytest.mark.skipif(not _has_ogbench, reason="ogbench not found")
 def test_readme(tmp_path, monkeypatch):
     """The loop of the README as it stands there, with less data and fewer updates."""
@@ -110,7 +143,7 @@ def _rows(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hand_written_loop", "with_trainer"])
+@pytest.mark.parametrize("name", ["hand_written_loop", "with_trainer", "from_images"])
 def test_command(name, tmp_path, monkeypatch):
     """The commands of the examples' own words, on a tiny local collection."""
     pytest.importorskip("ogbench")
