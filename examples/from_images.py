@@ -84,7 +84,7 @@ class Encoder(nn.Sequential):
 def encode(encoder: TensorDictSequential, batch: TensorDictBase) -> TensorDictBase:
     """Writes the features of an image and of the next one, which no gradient reaches."""
     encoder(batch)
-    with torch.no_grad():
+    with torch.no_grad():  # by the same encoder, as in DrQ-v2: what comes after it has targets
         encoder(batch["next"])
     return batch
 
