@@ -5,8 +5,11 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 from functools import partial
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -365,6 +368,14 @@ class TestRolloutEpisodes:
         rollout_episodes(Counter, policy, 4, seed=0, num_envs=4)
         # lengths 2, 3, 4, 5
         assert sizes == [4, 4, 3, 2, 1]
+
+    def test_time_of_a_call_is_shared(self, monkeypatch):
+        """Each call takes a second, of those that run: four, four, three, two and one."""
+        clock = SimpleNamespace(perf_counter=count().__next__)
+        monkeypatch.setattr(sys.modules[rollout_episodes.__module__], "time", clock)
+        result = rollout_episodes(Counter, self.policy, 4, seed=0, num_envs=4)
+        seconds = torch.tensor([1 / 4, 1 / 4, 1 / 3, 1 / 2, 1], dtype=torch.float64).cumsum(0)
+        torch.testing.assert_close(result["policy_seconds"], seconds[1:])
 
     def test_progress(self, capsys):
         """Before an episode ends decisions are counted, with no guess of the time left."""
