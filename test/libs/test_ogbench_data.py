@@ -324,6 +324,29 @@ class TestLocal:
         make(seed=3, download="force")
         assert len(collected) == 3
 
+    def test_force_keeps_what_it_cannot_replace(self, tmp_path, monkeypatch):
+        def collect(name, path, size, **kwargs):
+            maze_file(path, seed=len(calls))
+            calls.append(path)
+
+        def fail(*args, **kwargs):
+            raise ConnectionError
+
+        calls = []
+        make = functools.partial(
+            OGBenchExperienceReplay, TASK, source="local", num_transitions=50, root=tmp_path
+        )
+        monkeypatch.setattr(ogbench, "collect_ogbench", collect)
+        before = make().transitions["observation"].clone()
+        monkeypatch.setattr(ogbench, "collect_ogbench", fail)
+        with pytest.raises(ConnectionError):
+            make(download="force")
+        assert torch.equal(make(download=False).transitions["observation"], before)
+        monkeypatch.setattr(ogbench, "collect_ogbench", collect)
+        renewed = make(download="force")
+        assert not torch.equal(renewed.transitions["observation"], before)
+        assert {p.name for p in renewed.data_path_root.iterdir()} == {f"{FILE}.npz", "train"}
+
     def test_end_to_end(self, tmp_path):
         data = OGBenchExperienceReplay(
             "pointmaze-medium-stitch-singletask-task1-v0",
@@ -407,6 +430,21 @@ class TestBadInput:
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(error, match=message):
             make()
+
+    @pytest.mark.parametrize(
+        "name", ["transitions/observation.memmap", "*/next/reward.memmap", "*/next/meta.json"]
+    )
+    def test_damaged_cache(self, make, name):
+        root = make().data_path_root
+        path = next((root / "train").glob(name))
+        content = path.read_bytes()
+        path.write_bytes(content[:10])
+        with pytest.raises(ValueError, match=f"cache is damaged .*{path.name}.* Delete {root}"):
+            make()
+        assert path.read_bytes() == content[:10]  # and not grown with zeros
+        shutil.rmtree(root / "train")
+        make()
+        assert path.read_bytes() == content
 
     def test_a_flipped_byte(self, make, folder):
         path = folder / f"{FILE}.npz"

@@ -14,11 +14,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
-from torchrl.envs import MultiAction, ParallelEnv, SerialEnv, TransformedEnv
+from torchrl.envs import (
+    Compose,
+    FlattenAction,
+    MultiAction,
+    ParallelEnv,
+    SerialEnv,
+    TransformedEnv,
+)
 from torchrl.envs.utils import check_env_specs
 
+from torchrl_evor import EVORActor, FlowMatchingPolicy, ReturnFlow, VelocityMLP
 from torchrl_evor.envs import (
     GaussianActionNoise,
     OGBenchEnv,
@@ -229,17 +236,20 @@ class TestOGBenchEnv:
         assert [batch.numel() for batch in batches] == [30, 30]
         assert batches[0]["next", "success"].dtype is torch.bool
 
-    def test_chunks_of_actions_through_multi_action(self):
-        # A chunked policy writes [h * action]; unflattened, TorchRL's own transform executes it.
-        env = TransformedEnv(make_maze(max_episode_steps=7), MultiAction(stack_rewards=True))
-        policy = TensorDictModule(
-            lambda observation: observation.new_ones(3 * 2).unflatten(-1, (3, 2)),
-            in_keys=["observation"],
-            out_keys=["action"],
-        )
-        rollout = env.rollout(10, policy)
+    def test_chunks_of_actions_through_torchrls_transforms(self):
+        chunks = Compose(MultiAction(), FlattenAction(action_shape=(3, 2)))
+        env = TransformedEnv(make_maze(max_episode_steps=7), chunks)
+        executed = []
+        simulator = env.base_env.simulator
+        step = simulator.step
+        simulator.step = lambda action: executed.append(action.tolist()) or step(action)
+        policy = FlowMatchingPolicy(VelocityMLP(2 + 6 + 1, 6, hidden_sizes=(8,)), action_dim=6)
+        returns = ReturnFlow(VelocityMLP(2 + 6 + 2, hidden_sizes=(8,)))
+        rollout = env.rollout(10, EVORActor(policy, returns, num_candidates=2, num_samples=2))
         assert rollout.shape == (3,)  # 3 + 3 + 1 steps
         assert rollout["next", "truncated"].flatten().tolist() == [False, False, True]
+        actions = rollout["action"].unflatten(-1, (3, 2)).flatten(0, 1)[:7]
+        np.testing.assert_allclose(executed, actions, rtol=1e-6)
 
     def test_sparse_reward(self):
         # Scene has five sub-goals; at the start of task 2 more than one of them is unmet.
@@ -451,6 +461,7 @@ class TestRolloutEpisodes:
             ({"record": ("reward",)}, "record must be a sequence"),
             ({"record": "action"}, "record must be a sequence"),
             ({"envs": []}, "envs must hold at least one"),
+            ({"envs": [Counter()] * 2}, "envs must be different environments"),
             ({"chunk_size": 2}, r"chunk_size \* action\] = \[1, 2\], got \[1, 1\]"),
         ],
     )

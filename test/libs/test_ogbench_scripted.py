@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -398,9 +399,49 @@ class TestRestart:
         assert caught.value.errno == errno.ENOSPC
         assert not path.exists()
         left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
-        assert left == {"plan.json"} | ({"000000.npz"} if what == "savez_compressed" else set())
+        merging = {"000000.npz", "x.npz.json"} if what == "savez_compressed" else set()
+        assert left == {"plan.json", "x.npz.lock"} | merging
         monkeypatch.undo()
         assert len(read(collect(path))["terminals"]) == 44
+
+    @pytest.mark.parametrize("last", ["x.npz", "x.npz.json"])
+    def test_interrupted_at_the_end(self, tmp_path, monkeypatch, last):
+        path, write = tmp_path / "x.npz", ogbench_scripted.write_atomically
+
+        def interrupted(target, content):
+            if target.name == last:
+                raise KeyboardInterrupt
+            write(target, content)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ogbench_scripted, "write_atomically", interrupted)
+            collect(path)
+        # Whatever came last, it is not taken for a collection with other arguments.
+        with pytest.raises(RuntimeError, match="with other arguments"):
+            collect(path, seed=5)
+        assert len(read(collect(path))["terminals"]) == 44
+
+    def test_two_at_once(self, tmp_path):
+        path = tmp_path / "x.npz"
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(collect, [path] * 3))
+        assert found == [path] * 3
+        assert {p.name for p in tmp_path.iterdir()} == {"x.npz", "x.npz.json"}
+
+    @pytest.mark.parametrize(
+        "name, error, message",
+        [
+            ("x.npz.parts/plan.json", RuntimeError, "plan.json is damaged .* delete it"),
+            ("x.npz.parts/000000.npz", ValueError, "000000.npz .* is not a complete npz archive"),
+        ],
+    )
+    def test_damaged_pieces(self, tmp_path, monkeypatch, name, error, message):
+        with monkeypatch.context() as patch, pytest.raises(AttributeError):
+            patch.delattr(ogbench_scripted._Plan, "merge_parts")
+            collect(tmp_path / "x.npz")
+        (tmp_path / name).write_text("{")
+        with pytest.raises(error, match=message):
+            collect(tmp_path / "x.npz")
 
 
 class TestBadInput:
@@ -420,6 +461,7 @@ class TestBadInput:
             ({"noise": -0.1}, "noise must be"),
             ({"noise": float("nan")}, "noise must be"),
             ({"p_random_action": 1.5}, "p_random_action must lie in"),
+            ({"p_random_action": 0.5}, "p_random_action must be None for mazes, got 0.5"),
         ],
     )
     def test_numbers(self, tmp_path, kwargs, message):

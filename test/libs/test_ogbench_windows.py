@@ -228,6 +228,13 @@ class TestWindowStorage:
             WindowStorage(self.data.exclude(key))
         assert f"data must have the entry {key!r}, got [" in caught.value.args[0]
 
+    @pytest.mark.parametrize("name", ["reward", "terminated"])
+    def test_several_numbers_of_a_transition(self, name):
+        data = self.data.clone()
+        data["next", name] = data["next", name].expand(-1, 2)
+        with pytest.raises(ValueError, match=f"'{name}'.* must have one number .* 2\\)"):
+            WindowStorage(data)
+
     def test_trajectories_in_pieces(self):
         data = self.data.clone()
         data["episode"] = torch.arange(len(data)) % 2

@@ -196,6 +196,8 @@ class TestEveryCritic:
             CategoricalCritic(network, low=0.0, high=1.0, num_atoms=1)
         with pytest.raises(ValueError, match="blur must be positive"):
             HLGaussCritic(network, low=0.0, high=1.0, blur=0.0)
+        with pytest.raises(ValueError, match="blur must be positive and finite, got inf"):
+            HLGaussCritic(network, low=0.0, high=1.0, blur=float("inf"))
         with pytest.raises(ValueError, match="kappa"):
             QuantileCritic(network, kappa=-0.1)
 

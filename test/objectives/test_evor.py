@@ -636,9 +636,11 @@ class TestBadInput:
             ({"td_target": "td3"}, "td_target must be one of .*bellman.*, got 'td3'"),
             ({"next_action": "data"}, "next_action must be one of .*dataset.*, got 'data'"),
             ({"reduction": "max"}, "reduction must be one of .*mean.*, got 'max'"),
+            ({"use_prioritized_weights": "always"}, "use_prioritized_weights must be .*'always'"),
             ({"num_candidates": 0}, "num_candidates must be an integer of at least 1, got 0"),
             ({"num_samples": -1}, "num_samples must be an integer of at least 1, got -1"),
             ({"tau_r": -1.0}, "tau_r must be a temperature"),
+            ({"tau_r": None}, "tau_r must be a temperature"),
             ({"tau_q": float("nan")}, "tau_q must be a temperature"),
             ({"return_bounds": (0.0, -1.0)}, r"return_bounds must be .* got \(0.0, -1.0\)"),
             ({"return_bounds": (-1.0,)}, "return_bounds must be None or two increasing numbers"),
@@ -650,6 +652,20 @@ class TestBadInput:
     def test_options(self, kwargs, name):
         with pytest.raises(ValueError, match=name):
             EVORLoss(*make_networks(), **kwargs)
+
+    @pytest.mark.parametrize(
+        "pad",
+        [
+            torch.tensor([True, False, False, False]),  # [B], not [B, h]
+            torch.zeros(4, 2),
+            torch.zeros(4, 3, dtype=torch.bool),  # actions of 2 numbers are no 3 steps
+            torch.zeros(3, 2, dtype=torch.bool),
+        ],
+    )
+    def test_padding(self, pad):
+        batch = make_batch(4, batch_size=[]).set("action_is_pad", pad)
+        with pytest.raises(ValueError, match=r"'action_is_pad' must be bool, of shape \(4, 'h'\)"):
+            make_loss().actor_loss(batch)
 
     def test_networks(self):
         policy, returns = make_networks()

@@ -223,7 +223,12 @@ class TestWilsonInterval:
 
     @pytest.mark.parametrize(
         "successes, trials, match",
-        [(0, 0, "trials must be at least 1"), (3, 2, "successes must lie"), (-1, 2, "successes")],
+        [
+            (0, 0, "trials must be at least 1"),
+            (3, 2, "successes must be a count between 0 and trials=2, got 3"),
+            (-1, 2, "successes"),
+            (0.96, 50, "successes must be a count"),  # a rate
+        ],
     )
     def test_bad_input(self, successes, trials, match):
         with pytest.raises(ValueError, match=match):

@@ -231,6 +231,27 @@ class TestCheckpoint:
         with pytest.raises(RuntimeError, match="loss_module"):
             make_trainer(other).resume(path)
 
+    def test_a_cut_checkpoint(self, tmp_path):
+        path = tmp_path / "checkpoint"
+        make_trainer(checkpoint_path=path).train()
+        largest = max(path.rglob("*.memmap"), key=lambda file: file.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:16])
+        trainer = make_trainer()
+        before = copy.deepcopy(trainer.loss_module)
+        with pytest.raises(ValueError, match=f"{largest.name} is damaged: .* bytes, got 16"):
+            trainer.resume(path)
+        assert_same_state(trainer.loss_module, before)
+
+    def test_nothing_but_a_checkpoint_is_replaced(self, tmp_path):
+        (tmp_path / "thesis.txt").write_text("x")
+        for path in (tmp_path, tmp_path / "thesis.txt"):
+            with pytest.raises(ValueError, match="checkpoint_path must be a new or empty folder"):
+                make_trainer(checkpoint_path=path)
+        assert (tmp_path / "thesis.txt").read_text() == "x"
+        (tmp_path / "empty").mkdir()
+        for _ in range(2):  # empty, then a checkpoint
+            make_trainer(checkpoint_path=tmp_path / "empty").train()
+
 
 class TestBadInput:
     @pytest.mark.parametrize(
@@ -241,6 +262,11 @@ class TestBadInput:
     def test_counts(self, name):
         with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
             make_trainer(**{name: 0})
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+    def test_clip_norm(self, value):
+        with pytest.raises(ValueError, match="clip_norm must be positive or None, got"):
+            make_trainer(clip_norm=value)
 
     def test_two_discounts(self):
         """Windows of five steps by 0.99 with a value behind them by 0.9 are no return."""

@@ -87,8 +87,8 @@ def rollout_episodes(
         (observations hold one more step than actions: the last one reached).
 
     Raises:
-        ValueError: if a number is below 1, ``envs`` is empty, a trace is unknown, or the policy's
-            action has the wrong shape.
+        ValueError: if a number is below 1, ``envs`` is empty or holds one twice, a trace is
+            unknown, or the policy's action has the wrong shape.
         KeyError: if the policy does not write ``action_key``.
 
     Examples:
@@ -110,11 +110,12 @@ def rollout_episodes(
     owned = [envs() for _ in range(min(num_envs, num_episodes))] if made else list(envs)
     if not owned:
         raise ValueError("envs must hold at least one environment, got an empty sequence.")
+    simulators = [getattr(env, "simulator", env) for env in owned]
+    if len(set(map(id, simulators))) < len(simulators):
+        raise ValueError("envs must be different environments, got one more than once.")
     decide = _Decider(policy, chunk_size, device, observation_key, action_key)
     try:
-        episodes = _run(
-            [getattr(env, "simulator", env) for env in owned], decide, num_episodes, seed, bar
-        )
+        episodes = _run(simulators, decide, num_episodes, seed, bar)
     finally:
         bar.close()
         for env in owned if made else ():

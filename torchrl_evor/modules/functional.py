@@ -206,9 +206,9 @@ def check_temperature(name: str, value: float) -> float:
     """Returns ``value`` if it is a temperature (``0 <= value <= inf``).
 
     Raises:
-        ValueError: naming ``name``, if ``value`` is negative, NaN or text.
+        ValueError: naming ``name``, if ``value`` is negative, NaN, text or ``None``.
     """
-    if isinstance(value, str) or not value >= 0:
+    if value is None or isinstance(value, str) or not value >= 0:
         raise ValueError(f"{name} must be a temperature in [0, inf], got {value!r}.")
     return value
 
@@ -248,7 +248,7 @@ def check_choice(name: str, value: str, choices) -> str:
         ValueError: naming ``name`` and the choices, otherwise.
     """
     if value not in choices:
-        raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {sorted(choices, key=str)}, got {value!r}.")
     return value
 
 

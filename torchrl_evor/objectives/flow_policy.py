@@ -40,7 +40,7 @@ class FlowPolicyLoss(LossModule):
             losses by the ``priority_weight`` entry. Defaults to ``"auto"``.
 
     Raises:
-        ValueError: if ``reduction`` is unknown.
+        ValueError: if ``reduction`` or ``use_prioritized_weights`` is unknown.
         TypeError: if the policy has no velocity field.
     """
 
@@ -99,7 +99,9 @@ class FlowPolicyLoss(LossModule):
             raise TypeError(f"actor_network must be a FlowMatchingPolicy, got {actor_network!r}.")
         self.next_action = next_action
         self.reduction = check_choice("reduction", reduction or "mean", ("none", "mean", "sum"))
-        self.use_prioritized_weights = use_prioritized_weights
+        self.use_prioritized_weights = check_choice(
+            "use_prioritized_weights", use_prioritized_weights, (True, False, "auto")
+        )
         self.convert_to_functional(actor_network, "actor_network")
         # Built here, so that the discount is part of every state_dict.
         self.make_value_estimator()
@@ -185,7 +187,7 @@ class FlowPolicyLoss(LossModule):
                 observation, interpolate(noise, action, time), time
             )
         error = (velocity - (action - noise)).square()
-        pad = tensordict.get(self.tensor_keys.action_is_pad, None)
+        pad = self._padded_steps(tensordict)
         if pad is not None:
             # The actions of one step lie side by side in a flattened chunk.
             pad = pad.repeat_interleave(action.shape[-1] // pad.shape[-1], -1)
@@ -241,9 +243,23 @@ class FlowPolicyLoss(LossModule):
         dtype = tensordict[keys.action].dtype
         return reward.to(dtype), discount.to(dtype)
 
+    def _padded_steps(self, tensordict: TensorDictBase) -> Tensor | None:
+        """Which steps of the chunks are padded, ``[*B, h]``, where the batch says so."""
+        key = self.tensor_keys.action_is_pad
+        pad = tensordict.get(key, None)
+        if pad is None:
+            return None
+        *batch, size = tensordict[self.tensor_keys.action].shape
+        if pad.dtype != torch.bool or pad.shape[:-1] != torch.Size(batch) or size % pad.shape[-1]:
+            raise ValueError(
+                f"{key!r} must be bool, of shape {(*batch, 'h')} for chunks of h steps in actions "
+                f"of size {size}, got {pad.dtype} {tuple(pad.shape)}."
+            )
+        return pad
+
     def _without_padded(self, error: Tensor, tensordict: TensorDictBase) -> Tensor:
         """``error`` ``[*B]``, zero where a part of the row's chunk is padded."""
-        pad = tensordict.get(self.tensor_keys.action_is_pad, None)
+        pad = self._padded_steps(tensordict)
         if pad is None:
             return error
         return torch.where(pad.any(-1), torch.zeros_like(error), error)

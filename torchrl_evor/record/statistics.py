@@ -192,8 +192,10 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> In
     """
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}.")
-    if not 0 <= successes <= trials:
-        raise ValueError(f"successes must lie between 0 and trials={trials}, got {successes}.")
+    if not 0 <= successes <= trials or successes % 1:
+        raise ValueError(
+            f"successes must be a count between 0 and trials={trials}, got {successes}."
+        )
     _check_confidence(confidence)
     z = NormalDist().inv_cdf(0.5 * (1 + confidence))
     rate = successes / trials

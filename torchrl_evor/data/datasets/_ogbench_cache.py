@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
+from torchrl_evor.data._memmap import check_memmap
 from torchrl_evor.data.datasets._ogbench_arrays import (
     label_rewards,
     open_npz,
@@ -57,7 +58,13 @@ def write_outcomes(npz: Path, folder: Path, env_id: str, *, sparse: bool) -> Non
 
 
 def load_dataset_memmap(transitions: Path, outcomes: Path) -> TensorDict:
-    """Both parts as one TensorDict in TED layout, memory-mapped, nothing copied."""
+    """Both parts as one TensorDict in TED layout, memory-mapped, nothing copied.
+
+    Raises:
+        ValueError: if a file of them was cut or is missing.
+    """
+    for folder in (transitions, outcomes):
+        check_memmap(folder)
     data = TensorDict.load_memmap(transitions)
     ends = TensorDict.load_memmap(outcomes)
     items = dict(data.items())

@@ -94,7 +94,8 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
         Windows: sorted by their start.
 
     Raises:
-        ValueError: if a number is out of range, or a trajectory lies in several pieces.
+        ValueError: if a number is out of range, a trajectory lies in several pieces, or a
+            transition has several rewards.
         KeyError: if ``data`` lacks an entry, naming it.
     """
     check_windows(n_step, chunk_size, gamma)
@@ -106,8 +107,13 @@ def make_windows(data: TensorDict, n_step: int, chunk_size: int, gamma: float) -
             f"episode must number whole trajectories, got {len(np.unique(episode))} numbers in "
             f"{num_pieces} pieces."
         )
-    terminal = data["next", "terminated"].numpy().ravel()
-    reward = data["next", "reward"].numpy().ravel()
+    terminal, reward = (data["next", name].numpy().ravel() for name in ("terminated", "reward"))
+    for name, column in (("terminated", terminal), ("reward", reward)):
+        if len(column) != len(episode):
+            raise ValueError(
+                f"('next', {name!r}) must have one number for each of {len(episode)} transitions, "
+                f"got the shape {tuple(data['next', name].shape)}."
+            )
     # Filled piece by piece, so that nothing is held twice; pages that stay empty cost nothing.
     types = (np.int64, np.int64, np.float32, bool, bool, np.int64)
     columns = [np.empty(len(episode), dtype) for dtype in types]

@@ -176,7 +176,13 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         self._collection = {"seed": 0 if seed is None else seed, "num_workers": num_workers}
         self._num_transitions = num_transitions
         self._prepare(download)
-        self._data = load_dataset_memmap(self._transitions_path, self.data_path)
+        try:
+            self._data = load_dataset_memmap(self._transitions_path, self.data_path)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(
+                f"The cache is damaged ({error}) Delete {self.data_path_root / self.split}: it is "
+                f"then made again from the npz file."
+            ) from error
         storage = WindowStorage(
             self._data, n_step=n_step, chunk_size=chunk_size, gamma=gamma, device=device
         )
@@ -248,10 +254,23 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         # One process collects, downloads or converts; others wait and find the result.
         with FileLock(str(self.data_path_root) + ".lock"):
             if download == "force":
-                self._forget()
+                self._renew()
             if not self._is_downloaded():
-                self._obtain(download)
+                self._obtain(download, self._npz_path)
                 self._convert()
+
+    def _renew(self) -> None:
+        """Gets the npz file again, if it is ours; what there is stays until it has come."""
+        if self.directory is not None:
+            self._forget()
+            return
+        fresh = self.data_path_root / ".new"
+        fresh.mkdir(exist_ok=True)
+        self._obtain(True, fresh / self._npz_path.name)
+        self._forget()
+        for path in fresh.iterdir():
+            os.replace(path, self.data_path_root / path.name)
+        fresh.rmdir()
 
     def _forget(self) -> None:
         # Renamed first: whoever looks finds all of it or nothing.
@@ -260,13 +279,11 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         with contextlib.suppress(FileNotFoundError):
             os.replace(folder, old)
         shutil.rmtree(old, ignore_errors=True)
-        if self.directory is None:
-            self._npz_path.unlink(missing_ok=True)
         self.data_path.parent.mkdir(parents=True)
 
-    def _obtain(self, download) -> None:
+    def _obtain(self, download, path: Path) -> None:
         """Makes sure that the npz file is there."""
-        if self._npz_path.exists():
+        if path.exists():
             return
         if not download:
             raise FileNotFoundError(
@@ -277,11 +294,9 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
             size = self._num_transitions
             if size is not None and self.split == "val":
                 size = max(1, size // 10)
-            collect_ogbench(
-                self._name.file.name, self._npz_path, size, split=self.split, **self._collection
-            )
+            collect_ogbench(self._name.file.name, path, size, split=self.split, **self._collection)
         else:
-            download_npz(f"{_dataset_url()}/{self._npz_path.name}", self._npz_path)
+            download_npz(f"{_dataset_url()}/{path.name}", path)
 
     def _convert(self) -> None:
         if not self._transitions_path.exists():

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from filelock import FileLock
 from torchrl._utils import logger as torchrl_logger
 
+from torchrl_evor.data.datasets._ogbench_arrays import open_npz, read_array
 from torchrl_evor.data.datasets._ogbench_episodes import Behaviour, make_episode_source
 from torchrl_evor.data.datasets._ogbench_names import OGBenchFile, parse_file_name
 
@@ -116,14 +118,17 @@ def collect_ogbench(
     )
     num_workers = _checked_workers(num_workers)
     if plan.path.exists():
-        plan.check_finished()
         torchrl_logger.info(f"{plan.path} exists already; nothing is collected.")
-        return plan.path
-    plan.open_parts()
-    missing = [shard for shard in range(plan.num_shards) if not plan.part(shard).exists()]
-    with _progress_bar(plan, missing, progress) as advance:
-        _collect_shards(plan, missing, num_workers, advance)
-    return plan.merge_parts()
+    else:
+        plan.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = plan.path.with_name(plan.path.name + ".lock")
+        # One process collects; others wait and find the result.
+        with FileLock(lock):
+            if not plan.path.exists():
+                _collect(plan, num_workers, progress)
+        lock.unlink(missing_ok=True)
+    plan.check_finished()
+    return plan.path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +152,8 @@ class _Plan:
         if not 0 <= action_noise < float("inf"):
             raise ValueError(f"action_noise must be a finite number >= 0, got {action_noise!r}.")
         _check_numbers(num_transitions, seed, split, noise, p_random, length)
+        if p_random is not None and file.family == "pointmaze":
+            raise ValueError(f"p_random_action must be None for mazes, got {p_random!r}.")
         path = Path(path)
         if not path.suffix or path.is_dir():
             path = path / file.npz_name(split)
@@ -205,7 +212,7 @@ class _Plan:
         if not manifest.exists():
             write_atomically(manifest, lambda f: f.write(json.dumps(described).encode()))
             return
-        found = json.loads(manifest.read_text())
+        found = _read_json(manifest)
         if found != described:
             raise RuntimeError(
                 f"{self.parts} holds an unfinished collection with other arguments: found {found}, "
@@ -220,7 +227,7 @@ class _Plan:
         """Compares the arguments with those of a finished file, where these are known."""
         if not self.manifest.exists():
             return
-        found, described = json.loads(self.manifest.read_text()), self.describe()
+        found, described = _read_json(self.manifest), self.describe()
         differing = {
             name: (found.get(name), value)
             for name, value in described.items()
@@ -232,20 +239,29 @@ class _Plan:
                 f"{differing}. Give another path, or delete that file."
             )
 
-    def merge_parts(self) -> Path:
+    def merge_parts(self) -> None:
         """Writes the parts, in order, as one file, and deletes them."""
         columns: dict[str, list] = {}
         for shard in range(self.num_shards):
-            with np.load(self.part(shard), allow_pickle=False) as part:
+            with open_npz(self.part(shard), ()) as part:
                 for key in part.files:
-                    columns.setdefault(key, []).append(part[key])
+                    columns.setdefault(key, []).append(read_array(part, key))
         # Each column's pieces are freed as soon as they are joined.
         arrays = {key: np.concatenate(columns.pop(key)) for key in tuple(columns)}
         described = json.dumps(self.describe()).encode()
-        write_atomically(self.path, lambda f: np.savez_compressed(f, **arrays))
+        # First what it was made with: without it any arguments would be taken for these.
         write_atomically(self.manifest, lambda f: f.write(described))
+        write_atomically(self.path, lambda f: np.savez_compressed(f, **arrays))
         shutil.rmtree(self.parts)
-        return self.path
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RuntimeError(
+            f"{path} is damaged ({error}): delete it, and repeat the call."
+        ) from error
 
 
 def write_atomically(path: Path, write) -> None:
@@ -265,6 +281,14 @@ def write_atomically(path: Path, write) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _collect(plan: _Plan, num_workers: int, progress: bool) -> None:
+    plan.open_parts()
+    missing = [shard for shard in range(plan.num_shards) if not plan.part(shard).exists()]
+    with _progress_bar(plan, missing, progress) as advance:
+        _collect_shards(plan, missing, num_workers, advance)
+    plan.merge_parts()
 
 
 def _collect_shard(plan: _Plan, shard: int) -> int:

@@ -259,7 +259,7 @@ class HLGaussCritic(CategoricalCritic):
         **kwargs: see :class:`Critic`.
 
     Raises:
-        ValueError: see :class:`CategoricalCritic`; if ``blur`` is not positive.
+        ValueError: see :class:`CategoricalCritic`; if ``blur`` is not positive and finite.
 
     Examples:
         >>> import torch
@@ -279,8 +279,8 @@ class HLGaussCritic(CategoricalCritic):
         **kwargs,
     ) -> None:
         super().__init__(network, low=low, high=high, num_atoms=num_atoms, **kwargs)
-        if not blur > 0:
-            raise ValueError(f"blur must be positive, got {blur}.")
+        if not 0 < blur < math.inf:
+            raise ValueError(f"blur must be positive and finite, got {blur}.")
         self.blur = blur
 
     def law(self, outputs: Tensor) -> tuple[Tensor, None]:

@@ -19,6 +19,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 from torchrl.trainers.trainers import OptimizationStepper, TargetNetUpdaterHook, Trainer
 
+from torchrl_evor.data._memmap import check_memmap
 from torchrl_evor.modules.functional import check_positive
 from torchrl_evor.trainers.offline_source import OfflineSource
 
@@ -79,9 +80,10 @@ class EVORTrainer(Trainer):
         eval_interval (int, optional): updates between evaluations. Defaults to
             ``10000``.
         checkpoint_path (str or Path, optional): folder of the checkpoint,
-            replaced as a whole each time and written once more at the end. It
-            holds the loss, the optimiser, the counts, the random state and that
-            of the sampler, but not the data. Defaults to ``None``, no checkpoint.
+            replaced as a whole each time and written once more at the end: new, empty
+            or the folder of an earlier one. It holds the loss, the optimiser, the counts,
+            the random state and that of the sampler, but not the data. Defaults to
+            ``None``, no checkpoint.
         checkpoint_interval (int, optional): updates between checkpoints.
             Defaults to ``10000``.
         progress_bar (bool, optional): Defaults to ``True``.
@@ -90,8 +92,9 @@ class EVORTrainer(Trainer):
 
     Raises:
         ValueError: if a count is below 1, ``total_updates`` is not a multiple
-            of ``optim_steps_per_batch``, or the data's windows of several steps
-            have another discount than the loss, also that of a checkpoint in :meth:`resume`.
+            of ``optim_steps_per_batch``, ``clip_norm`` not positive, ``checkpoint_path``
+            holds something else, the data's windows of several steps have another discount
+            than the loss, also that of a checkpoint in :meth:`resume`, or that is damaged.
         FileNotFoundError: from :meth:`resume`, if there is no checkpoint.
 
     Examples:
@@ -165,6 +168,10 @@ class EVORTrainer(Trainer):
                 f"total_updates must be a multiple of optim_steps_per_batch, "
                 f"got {total_updates} and {optim_steps_per_batch}."
             )
+        # At or below 0 it would train nothing, or uphill.
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive or None, got {clip_norm!r}.")
+        _check_free(checkpoint_path)
         _check_discounts(loss_module, replay_buffer)
         source = OfflineSource(
             replay_buffer, optim_steps_per_batch, batch_size=batch_size, device=device
@@ -209,6 +216,7 @@ class EVORTrainer(Trainer):
         """Restores the state of a checkpoint; :meth:`train` then goes on from there."""
         if not Checkpoint.is_checkpoint(path):
             raise FileNotFoundError(f"path must be the folder of a checkpoint, got {str(path)!r}.")
+        check_memmap(Path(path))
         self.load_from_file(path)
         # The checkpoint's discount is now the loss's.
         _check_discounts(self.loss_module, self.collector.replay_buffer)
@@ -227,6 +235,18 @@ class EVORTrainer(Trainer):
             self._log_dict[name].append(value)
             if self.logger is not None:
                 self.logger.log_scalar(name, value, step=self.updates)
+
+
+def _check_free(checkpoint_path: str | Path | None) -> None:
+    """A checkpoint replaces what is there, which must be one, too."""
+    if checkpoint_path is None or Checkpoint.is_checkpoint(checkpoint_path):
+        return
+    path = Path(checkpoint_path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(
+            f"checkpoint_path must be a new or empty folder, or one that holds a checkpoint, "
+            f"got {str(path)!r}."
+        )
 
 
 def _check_discounts(loss_module: LossModule, replay_buffer: TensorDictReplayBuffer) -> None:
