@@ -9,7 +9,7 @@ import torch
 import torchrl_evor.triton_kernels as triton_kernels
 from _known_laws import GaussianReturns, PointEnv, euler_gaussian_std
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, set_skip_existing
+from tensordict.nn import TensorDictModule, TensorDictSequential, set_skip_existing
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs import SerialEnv
@@ -200,6 +200,14 @@ class TestCandidates:
 
 
 class TestAnyPolicy:
+    def test_a_flow_that_reads_its_noise_in_a_sequence(self):
+        keys = {"in_keys": ["latent", "noise"]}
+        flow = FlowMatchingPolicy(VelocityMLP(2 + 2 + 1, 2, hidden_sizes=(8,)), 2, **keys)
+        encoder = TensorDictModule(nn.Linear(2, 2), in_keys=["observation"], out_keys=["latent"])
+        returns = ReturnFlow(VelocityMLP(2 + 2 + 2, hidden_sizes=(8,)))
+        with pytest.raises(ValueError, match="policy must not read its noise within a sequence"):
+            EVORActor(TensorDictSequential(encoder, flow), returns)
+
     def test_a_flow_that_may_read_its_noise_draws_it(self):
         """All candidates would be made from one draw."""
         keys = {"in_keys": ["observation", "noise"]}
@@ -380,6 +388,17 @@ class TestBackend:
         for one, other in zip(got, want):
             assert one.device == other.device and one.dtype == other.dtype
             torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("hidden_sizes", [(16,), (16, 16)])
+    def test_behind_an_encoder_under_autocast(self, hidden_sizes):
+        flow = ReturnFlow(VelocityMLP(2 + 2 + 2, hidden_sizes=hidden_sizes), num_steps=3)
+        options = {"tau_r": 1.0, "tau_q": 0.0, "num_samples": 4}
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            state, candidates = nn.Linear(3, 2)(torch.randn(5, 3)), torch.randn(5, 8, 2)
+            assert state.dtype == torch.bfloat16
+            _, _, got = flow.select(state, candidates, **options)
+        _, _, want = flow.select(state.float(), candidates, **options)
+        torch.testing.assert_close(got.float(), want, rtol=0, atol=0.1)
 
     def test_pieces_equal_the_whole(self, monkeypatch):
         """Memory is bounded by working on few rows at a time, with the same values."""

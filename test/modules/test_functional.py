@@ -131,6 +131,12 @@ class TestLogMeanExp:
         values = torch.tensor([1e6, 1e6 - 1, -1e6])
         assert log_mean_exp(values, 1e-3).item() == pytest.approx(1e6, abs=0.1)
 
+    @pytest.mark.parametrize("num_nodes", [16, 4096, 65536])
+    def test_many_nodes_far_below_the_highest(self, num_nodes):
+        values = 5 * stratified_normal(num_nodes, dtype=torch.float64)
+        exact = torch.logsumexp(values, -1) - math.log(num_nodes)
+        assert log_mean_exp(values.float(), 1.0).item() == pytest.approx(exact.item(), abs=1e-5)
+
     def test_dim_and_shapes(self):
         values = torch.randn(2, 5, 3)
         for tau in (0.0, 1.0, INF):

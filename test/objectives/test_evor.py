@@ -420,16 +420,56 @@ class TestEstimator:
         torch.testing.assert_close(loss._backup(batch)[1], torch.full((4, 1), 0.5))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_discount_keeps_its_digits(self, dtype):
+    @pytest.mark.parametrize("steps", [1, 300])
+    def test_discount_keeps_its_digits(self, dtype, steps):
         """In bfloat16 0.999 would be 1."""
         loss = make_loss(gamma=0.999).to(dtype)
         assert loss.value_estimator.gamma.item() == pytest.approx(0.999)
         batch = make_batch(4).apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
-        batch["steps_to_next_obs"] = torch.full((4, 1), 300)
+        batch["steps_to_next_obs"] = torch.full((4, 1), steps)
         batch["next", "terminated"].zero_()
-        expected = torch.full((4, 1), 0.999**300, dtype=dtype)
-        torch.testing.assert_close(loss._backup(batch)[1], expected)
+        discount = loss._backup(batch)[1].flatten().tolist()
+        assert discount == pytest.approx([0.999**steps] * 4, rel=1e-4)
+        assert {tensor.dtype for tensor in loss.compute_target(batch)} == {dtype}
         assert loss.double().value_estimator.gamma.item() == pytest.approx(0.999)
+
+    def test_a_whole_discount_takes_the_digits_of_a_checkpoint(self):
+        loss = make_loss(gamma=1)
+        loss.load_state_dict(make_loss(gamma=0.99).state_dict())
+        assert loss.value_estimator.gamma.item() == pytest.approx(0.99)
+
+    @pytest.mark.parametrize("next_action", ["policy", "dataset"])
+    def test_vmap_over_parameters(self, next_action):
+        loss, batch = make_loss(next_action=next_action), make_batch(8)
+        one = TensorDict.from_module(loss).data
+        both = TensorDict.stack([one, one.apply(lambda x: x * 0.5)])
+
+        def value(params):
+            with params.to_module(loss):
+                return loss(batch.clone())["loss_value"]
+
+        first, second = torch.vmap(value, randomness="different")(both).tolist()
+        assert first > 0 and second > 0 and first != second
+
+    def test_padded_chunks(self):
+        batch = make_batch(3)
+        batch["action_is_pad"] = torch.tensor([[False, False], [False, True], [True, True]])
+        losses = seeded_call(make_loss(reduction="none"), batch)
+        assert losses["loss_value"].ne(0).tolist() == [True, False, False]
+        assert batch["td_error"].ne(0).tolist() == [True, False, False]
+
+    def test_options_of_the_improved_choice(self, monkeypatch):
+        options = {"tau_r": 3.0, "tau_q": 0.5, "num_samples": 6}
+        loss = make_loss(next_action="improved", num_candidates=5, **options)
+        select, seen = ReturnFlow.select, []
+
+        def spy(self, observation, candidates, **kwargs):
+            seen.append((candidates.shape, kwargs))
+            return select(self, observation, candidates, **kwargs)
+
+        monkeypatch.setattr(ReturnFlow, "select", spy)
+        loss(make_batch(4))
+        assert seen == [((4, 5, ACT), options)]
 
     def test_an_optimizer_copied_with_its_loss(self):
         loss = make_loss()
@@ -573,13 +613,13 @@ class TestReturnBounds:
     low, high = -10.0, 0.0
 
     @staticmethod
-    def runaway(num_networks=1, **kwargs):
-        """Flows that carry any noise away, ``dz/dt = 50 z``."""
+    def runaway(num_networks=1, gain=50.0, **kwargs):
+        """Flows that carry any noise away, ``dz/dt = gain z``."""
         networks = [nn.Linear(OBS + ACT + 2, 1) for _ in range(num_networks)]
         for network in networks:
             nn.init.zeros_(network.bias)
             with torch.no_grad():
-                network.weight.zero_()[0, -2] = 50.0
+                network.weight.zero_()[0, -2] = gain
         returns = ReturnFlow(networks, num_steps=4, solver="midpoint", loc=-2.0, scale=3.0)
         loss = EVORLoss(make_networks()[0], returns, next_action="dataset", **kwargs)
         return loss.make_value_estimator(gamma=0.9)
@@ -599,8 +639,9 @@ class TestReturnBounds:
         batch = make_batch(500)
         options = {"num_networks": num_networks, "td_target": td_target}
         assert self.excess(self.runaway(**options), batch) > 1000
-        bounded = self.runaway(**options, return_bounds=(self.low, self.high))
-        assert self.excess(bounded, batch) < 1e-3
+        for gain in (5.0, 50.0):  # under the smaller one midpoints alone would lead beyond them
+            bounds = {"return_bounds": (self.low, self.high), "gain": gain}
+            assert self.excess(self.runaway(**options, **bounds), batch) < 1e-3
 
     @pytest.mark.parametrize("td_target", TD_TARGETS)
     def test_points_stay_near(self, td_target):

@@ -14,6 +14,7 @@ from torchrl_evor import (
     EVORActor,
     FlowMatchingPolicy,
     QCLoss,
+    QuantileCritic,
     ScalarCritic,
     StackedVelocityMLP,
     VelocityMLP,
@@ -100,7 +101,7 @@ class TestAgainstASlowLoop:
         loss, batch = make_loss(num_candidates=6, reduction="none"), make_batch(7)
         noise = torch.randn(7, 6, CHUNK * ACT, dtype=torch.float64)
         # The candidates' noise is the only draw.
-        monkeypatch.setattr(torch.Tensor, "normal_", lambda tensor: tensor.copy_(noise))
+        monkeypatch.setattr(torch, "randn", lambda size, **kwargs: noise.reshape(size))
         actual, metadata = loss.qvalue_loss(batch)
         torch.testing.assert_close(actual, slow_loss(loss, batch, noise, gamma=0.9))
         assert metadata["td_error"].shape == (7,)
@@ -188,6 +189,19 @@ class TestContracts:
             loss = QCLoss(*make_networks(), num_candidates=num_candidates, delay_qvalue=False)
             targets.append(loss.compute_target(batch)[0].mean().item())
         assert targets[0] < targets[1] < targets[2]
+
+    def test_the_best_by_the_mean(self):
+        """Of two actions with laws of one mean and another, not that of the highest atom."""
+
+        class Fork(nn.Module):
+            def forward(self, inputs):
+                wide, narrow = torch.tensor([-9.0, 9.0]), torch.tensor([1.0, 2.0])
+                return torch.where(inputs[..., -1:] > 0, wide, narrow)
+
+        policy = FlowMatchingPolicy(nn.Linear(OBS + 1 + 1, 1), 1)
+        loss = QCLoss(policy, QuantileCritic(Fork(), num_quantiles=2), num_candidates=32)
+        batch = make_batch(8, chunk=1).float()
+        assert (loss._next_action(batch) <= 0).all()
 
     def test_compiled_equals_eager(self):
         loss, batch = make_loss(num_candidates=3), make_batch(4)

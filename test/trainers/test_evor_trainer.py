@@ -195,6 +195,13 @@ class TestCheckpoint:
         trainer.train()
         assert_same_state(resumed, unbroken)
 
+    def test_the_rest_is_no_multiple(self, tmp_path):
+        path = tmp_path / "checkpoint"
+        make_trainer(total_updates=5, checkpoint_path=path).train()
+        trainer = make_trainer(total_updates=6, optim_steps_per_batch=2)
+        with pytest.raises(ValueError, match="must be a multiple .*, got 1 and 2"):
+            trainer.resume(path)
+
     def test_interval(self, tmp_path, monkeypatch):
         saved = []
         trainer = make_trainer(checkpoint_path=tmp_path / "checkpoint", checkpoint_interval=4)

@@ -155,11 +155,11 @@ def log_mean_exp(
     weights = 1 / values.shape[dim] if log_weights is None else log_weights.exp()
     if math.isinf(tau):
         return (weights * values).sum(dim)
+    if log_weights is None:
+        log_weights = -math.log(values.shape[dim])
     # expm1 and log1p keep the digits that cancel when tau is large.
     depth = (values - top) / tau
     excess = (weights * torch.expm1(depth)).sum(dim)
-    if log_weights is None:
-        return top.squeeze(dim) + tau * torch.log1p(excess)
     # Under a top node of hardly any weight the excess cancels to -1. Clamped, because a gradient
     # of the branch that is not taken would be NaN.
     soft = torch.log1p(excess.clamp_min(-0.5))

@@ -230,8 +230,9 @@ class EVORLoss(FlowPolicyLoss):
                 for bound in self.return_bounds or ()
             ]
             reward = self.value_network.normalize_reward(reward, discount)
-        # loc and scale may have more digits than the networks.
+        # loc and scale may have more digits than the networks, which may have 16 bits.
         reward, *bounds = (tensor.to(discount) for tensor in (reward, *bounds))
+        dtype = tensordict[self.tensor_keys.action].dtype
         observation = tensordict[unravel_key(("next", self._value_observation))]
         action = self._next_action(tensordict)
         rows = self.value_network.expand_members(reward)
@@ -240,7 +241,7 @@ class EVORLoss(FlowPolicyLoss):
         model = self.value_network
 
         def next_velocity(z: Tensor, t: Tensor) -> Tensor:
-            velocity = model.velocity(observation, action, z, t)
+            velocity = model.velocity(observation, action, z.to(dtype), t.to(dtype)).to(z)
             return confine_velocity(velocity, z, t, *bounds) if bounds else velocity
 
         with self._swap("value_network", target=True):
@@ -251,7 +252,7 @@ class EVORLoss(FlowPolicyLoss):
             point, target = TD_TARGETS[self.td_target](
                 noise, time, reward, discount, next_return, next_velocity
             )
-        return point, time, target
+        return point.to(dtype), time.to(dtype), target.to(dtype)
 
     def _next_action(self, tensordict: TensorDictBase) -> Tensor:
         """Action at the next state, ``[*B, act]``; the best of a few if ``"improved"``."""

@@ -239,8 +239,8 @@ class FlowPolicyLoss(LossModule):
         reward = self.value_estimator.value_estimate(step, next_value=zero)
         step.set(reward_key, zero)
         discount = self.value_estimator.value_estimate(step, next_value=zero + 1)
-        # Networks read the batch's actions; the estimator has a dtype of its own.
-        dtype = tensordict[keys.action].dtype
+        # That of the networks, but in 16 bits a discount of 0.999 would be 1.
+        dtype = torch.promote_types(tensordict[keys.action].dtype, torch.float32)
         return reward.to(dtype), discount.to(dtype)
 
     def _padded_steps(self, tensordict: TensorDictBase) -> Tensor | None:
@@ -250,7 +250,8 @@ class FlowPolicyLoss(LossModule):
         if pad is None:
             return None
         *batch, size = tensordict[self.tensor_keys.action].shape
-        if pad.dtype != torch.bool or pad.shape[:-1] != torch.Size(batch) or size % pad.shape[-1]:
+        fits = list(pad.shape[:-1]) == batch and pad.shape[-1] and not size % pad.shape[-1]
+        if pad.dtype != torch.bool or not fits:
             raise ValueError(
                 f"{key!r} must be bool, of shape {(*batch, 'h')} for chunks of h steps in actions "
                 f"of size {size}, got {pad.dtype} {tuple(pad.shape)}."
@@ -292,6 +293,8 @@ class FlowPolicyLoss(LossModule):
         gamma = hyperparams.get("gamma", getattr(value_type, "gamma", None))
         if gamma is not None and not 0 <= gamma <= 1:
             raise ValueError(f"gamma must lie in [0, 1], got {float(gamma)!r}.")
+        if isinstance(gamma, int):  # whose buffer would cut the digits of one that is loaded
+            hyperparams["gamma"] = float(gamma)
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
         if value_type is not None:
             dispatch_value_estimator(

@@ -228,7 +228,8 @@ class FlowMatchingModel(nn.Module):
             Tensor: action within the bounds, ``[*B, act]``.
         """
         if noise is None:
-            noise = observation.new_empty(*observation.shape[:-1], self.action_dim).normal_()
+            shape = (*observation.shape[:-1], self.action_dim)
+            noise = torch.randn(shape, dtype=observation.dtype, device=observation.device)
         action = integrate(
             lambda action, time: self.velocity(observation, action, time), noise, self.num_steps
         )

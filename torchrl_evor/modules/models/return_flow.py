@@ -206,7 +206,8 @@ class ReturnFlow(ReturnModel):
         check_positive("num_samples", num_samples)
         batch = torch.broadcast_shapes(observation.shape[:-1], action.shape[:-1])
         if noise is None:
-            noise = action.new_empty(*batch, num_samples).normal_()
+            shape = (*batch, num_samples)
+            noise = torch.randn(shape, dtype=action.dtype, device=action.device)
         rows = (*batch, num_samples)
         z = self.integrate(
             observation.unsqueeze(-2).expand(*rows, -1),
@@ -301,7 +302,8 @@ class ReturnFlow(ReturnModel):
         options |= {"solver": self.solver, "tolerance": self.tolerance}
         noise, log_weights = self._nodes(candidates, num_samples, nodes)
         if noise is None:
-            noise = candidates.new_empty(*candidates.shape[:-1], num_samples).normal_()
+            shape = (*candidates.shape[:-1], num_samples)
+            noise = torch.randn(shape, dtype=candidates.dtype, device=candidates.device)
         sizes = observation.shape[-1], candidates.shape[-1]
         packed = [pack_velocity_mlp(network, *sizes) for network in self.members]
         if len(packed) > 1:
@@ -338,6 +340,9 @@ class ReturnFlow(ReturnModel):
 
         if self.loc.ndim:
             return "loc and scale differ along the batch"
+        kinds = {tensor.dtype for tensor in (observation, candidates, *self.parameters())}
+        if len(kinds) > 1 and torch.is_autocast_enabled(observation.device.type):
+            return "under autocast the inputs have another dtype than the parameters"
         needs_grad = any(
             tensor.requires_grad for tensor in (observation, candidates, *self.parameters())
         )

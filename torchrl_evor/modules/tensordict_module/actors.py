@@ -142,8 +142,8 @@ class EVORActor(TensorDictModuleBase):
     Raises:
         ValueError: if a count is below 1, a temperature negative, ``nodes``,
             ``backend`` or ``precision`` unknown, the policy does not write the
-            action that ``returns`` reads, or it writes a state of its own for
-            the next step.
+            action that ``returns`` reads, it writes a state of its own for
+            the next step, or a flow within a sequence reads its noise.
 
     Examples:
         >>> import torch
@@ -191,6 +191,12 @@ class EVORActor(TensorDictModuleBase):
             raise ValueError(
                 f"policy must write the action that returns reads, {action_key!r}, "
                 f"got a policy that writes {policy.out_keys}."
+            )
+        inner = [part for part in policy.modules() if part is not policy and is_flow_policy(part)]
+        if any(len(flow.in_keys) > 1 for flow in inner):
+            raise ValueError(
+                "policy must not read its noise within a sequence, where every candidate would "
+                "be the same: leave it to the flow, in_keys of one observation."
             )
         self.in_keys = list(dict.fromkeys([*self._policy_keys, returns.in_keys[0]]))
         self.out_keys = [action_key, *returns.out_keys]

@@ -92,9 +92,10 @@ class EVORTrainer(Trainer):
 
     Raises:
         ValueError: if a count is below 1, ``total_updates`` is not a multiple
-            of ``optim_steps_per_batch``, ``clip_norm`` not positive, ``checkpoint_path``
-            holds something else, the data's windows of several steps have another discount
-            than the loss, also that of a checkpoint in :meth:`resume`, or that is damaged.
+            of ``optim_steps_per_batch``, ``clip_norm`` not positive, ``checkpoint_path`` holds
+            something else, or the data's windows of several steps have another discount than
+            the loss; in :meth:`resume`, if the checkpoint is damaged, has another discount or
+            leaves a rest that is no such multiple.
         FileNotFoundError: from :meth:`resume`, if there is no checkpoint.
 
     Examples:
@@ -218,6 +219,12 @@ class EVORTrainer(Trainer):
             raise FileNotFoundError(f"path must be the folder of a checkpoint, got {str(path)!r}.")
         check_memmap(Path(path))
         self.load_from_file(path)
+        rest = self.total_frames - self.updates
+        if rest > 0 and rest % self.optim_steps_per_batch:
+            raise ValueError(
+                f"total_updates beyond those of the checkpoint must be a multiple of "
+                f"optim_steps_per_batch, got {rest} and {self.optim_steps_per_batch}."
+            )
         # The checkpoint's discount is now the loss's.
         _check_discounts(self.loss_module, self.collector.replay_buffer)
         return self
