@@ -69,10 +69,10 @@ def check_draws(
     if noise is None:
         if seed is None:
             raise ValueError("noise is needed, or a seed to draw it from.")
-        if num_samples is None or num_samples < 1:
+        if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(
-                f"num_samples must be at least 1 where the noise is drawn from seed, got"
-                f" {num_samples}."
+                f"num_samples must be an integer of at least 1 where the noise is drawn from seed,"
+                f" got {num_samples!r}."
             )
         return num_samples
     if num_samples is not None:
@@ -136,18 +136,22 @@ def check_kinds(tensors: list[Tensor | None], named: dict[str, Tensor | None]) -
 def check_options(
     num_steps: int, solver: str, backend: str, precision: str | None, tolerance: float
 ) -> None:
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}.")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}.")
-    if solver == "midpoint" and num_steps % 2:
-        raise ValueError(f"num_steps must be even for solver='midpoint', got {num_steps}.")
+    check_steps(num_steps, solver)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS} or None, got {precision!r}.")
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance}.")
+
+
+def check_steps(num_steps: int, solver: str) -> None:
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}.")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}.")
+    if solver == "midpoint" and num_steps % 2:
+        raise ValueError(f"num_steps must be even for solver='midpoint', got {num_steps}.")
 
 
 def check_normalization(loc: float | Tensor, scale: float | Tensor) -> None:

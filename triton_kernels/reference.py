@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._checks import check_temperatures
+from ._checks import check_steps, check_temperatures
 
 __all__ = [
     "choose_candidate",
@@ -55,7 +55,11 @@ def sample_returns_reference(
 
     Returns:
         Tensor: ``[*B, P, N]``, in units of ``z``.
+
+    Raises:
+        ValueError: if ``num_steps`` is below 1 or odd for ``"midpoint"``, or ``solver`` unknown.
     """
+    check_steps(num_steps, solver)
     candidates = action.shape[:-1]
     num_nodes = noise.shape[-1]
     z = noise.expand(*candidates, num_nodes)

@@ -184,6 +184,10 @@ class TestSoftChoice:
         values = torch.tensor([-300.0, -300.0, -100.0, -300.0], dtype=torch.float16)
         assert soft_choice(values, 1e-3) == 2
 
+    def test_noise_of_another_shape(self):
+        with pytest.raises(ValueError, match=r"gumbel must .* \(5, 4\), got \(5, 1\)"):
+            soft_choice(torch.zeros(5, 4), 1.0, torch.zeros(5, 1))
+
 
 class TestGumbel:
     def test_a_seed_means_the_same_noise_for_any_strides(self):

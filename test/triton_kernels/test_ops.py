@@ -75,6 +75,19 @@ class TestReference:
         )
         assert z.item() == 35.5
 
+    @pytest.mark.parametrize(
+        "num_steps, solver, message",
+        [
+            (0, "euler", "num_steps"),
+            (3, "midpoint", "num_steps must be even"),
+            (2, "heun", "solver"),
+        ],
+    )
+    def test_bad_steps(self, num_steps, solver, message):
+        inputs = torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(1)
+        with pytest.raises(ValueError, match=message):
+            sample_returns_reference(nn.Identity(), *inputs, num_steps, solver)
+
     def test_log_mean_exp_by_hand(self):
         """Weights 1/4 and 3/4 on 0 and tau log 9: the value is tau log(1/4 + 27/4) = tau log 7."""
         returns = torch.tensor([0.0, 2.0 * math.log(9.0)], dtype=torch.float64)

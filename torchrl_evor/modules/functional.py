@@ -180,6 +180,9 @@ def soft_choice(values: Tensor, tau: float, gumbel: Tensor | None = None) -> Ten
         Tensor: int64 index, ``[*B]``; the first of equals. A value that is NaN never
         wins against one that is not.
 
+    Raises:
+        ValueError: if ``tau`` is negative or NaN, or ``gumbel`` has another shape.
+
     Examples:
         >>> import torch
         >>> soft_choice(torch.tensor([0.0, 3.0, 1.0]), 0.0)
@@ -188,6 +191,11 @@ def soft_choice(values: Tensor, tau: float, gumbel: Tensor | None = None) -> Ten
     if check_temperature("tau", tau) > 0:
         if gumbel is None:
             gumbel = standard_gumbel(values)
+        if gumbel.shape != values.shape:  # broadcast, the same draw would favour no candidate
+            raise ValueError(
+                f"gumbel must have the shape of the values, {tuple(values.shape)}, "
+                f"got {tuple(gumbel.shape)}."
+            )
         # In 16 bits, beside returns of hundreds, the noise would be rounded to ties, which the
         # first wins.
         values = values.to(torch.promote_types(values.dtype, torch.float32)) / tau + gumbel
