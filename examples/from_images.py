@@ -8,7 +8,7 @@ Each encoder runs once for an image, however many candidates, samples and steps
 of a flow come after it, and learns from the loss of what it feeds alone.
 
 ``python examples/from_images.py`` collects an OGBench maze on this machine,
-photographs its point from above, trains and acts on the pictures alone.
+draws its point from above, trains and acts on the pictures alone.
 ``--updates 50 --num-transitions 5000`` shows the mechanics in seconds. For
 images of your own give :func:`train` a buffer that holds ``"pixels"``, uint8
 ``[C, H, W]``, in place of ``"observation"``, there and under ``"next"``.
