@@ -50,6 +50,16 @@ def run_script(script: str, folder: Path, *arguments: str) -> subprocess.Complet
     )
 
 
+def check_evor(root: Path, *overrides: str) -> None:
+    """What evor.py does with its configuration before any work."""
+    import utils
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        cfg = compose("config", overrides=[*SMALL, f"data.root={root / 'data'}", *overrides])
+    utils.check_config(cfg)
+
+
 def run(script: str, root: Path, *overrides: str) -> subprocess.CompletedProcess:
     """One over the data of all tests, which lie in ``root``."""
     return run_script(script, root, f"data.root={root / 'data'}", *overrides)

@@ -186,17 +186,59 @@ def test_many_improves_each_task_by_its_own_law():
     [
         (["next_action=policy"], "next_action must be one of .*, got 'policy'"),
         (["next_action=improved", "n_steps=[2,4]"], r"n_steps must be one .*, got \[2, 4\]"),
+        (["methods=[bc]"], "methods must name one besides 'bc'"),
+        (["methods=[evor,bc]", "policies=x"], "must be without 'bc' where policies are kept"),
+        (["methods=[evr]"], "methods must be one of .*, got 'evr'"),
+        (["methods=[evor,evor]"], r"methods must hold .* none twice, got \['evor', 'evor'\]"),
+        (["envs=[]"], "envs must hold at least one value"),
+        (["envs=[{name:a}]"], "envs must each hold name and gamma, got {'name': 'a'}"),
+        (["envs=[{name:a,gamma:0.9},{name:a,gamma:0.99}]"], "envs must hold .* none twice"),
+        (["envs=[{name:a,gamma:0.9}]"], "name must be .*, got 'a-singletask-task1-v0'"),
+        (["tasks=[1,1]"], "tasks must hold .* none twice"),
+        (["tasks=[6]"], "got 'pointmaze-medium-navigate-singletask-task6-v0'"),
+        (["seeds=[0,0]"], "seeds must hold .* none twice"),
+        (["seeds=[-1]"], "seeds must be an integer of at least 0, got -1"),
+        (["n_steps=[]"], "n_steps must hold at least one value"),
+        (["n_steps=[0]"], "n_steps must be an integer of at least 1, got 0"),
+        (["tau_rs=[3,3]"], "tau_rs must hold .* none twice"),
+        (["tau_rs=[-1]"], "tau_r must be .*, got -1"),
+        (["actor.nodes=some"], "nodes must be one of"),
+        (["schedule=linear"], "schedule must be one of .*, got 'linear'"),
+        (["value_spread=0"], "value_spread must be positive"),
+        (["num_critics.evor=0"], "num_critics.evor must be an integer of at least 1, got 0"),
+        (["eval.episodes=-1"], "eval.episodes must be an integer of at least 0"),
+        (["eval.processes=0"], "eval.processes must be an integer of at least 1"),
+        (["eval.seed=-1"], "eval.seed must be an integer of at least 0"),
+        (["protocol=''"], "protocol must be a text that is not empty"),
+        (["matmul_precision=low"], "matmul_precision must be one of"),
+        *(
+            ([f"{name}=0"], f"{name} must be an integer of at least 1, got 0")
+            for name in ("num_updates", "data.batch_size", "logger.interval", "chunk_size")
+        ),
         (["qc_n_step=0"], "qc_n_step must be an integer of at least 1, got 0"),
     ],
 )
 def test_many_bad_input(options, message):
+    """Named before any data are read."""
+    import many
     from hydra import compose, initialize_config_dir
-    from programs import Program
 
     with initialize_config_dir(str(RECIPE), version_base="1.3"):
         cfg = compose("many", overrides=options)
     with pytest.raises(ValueError, match=message):
-        Program(cfg, TASK, 0.9, torch.device("cpu"))
+        many.check_config(cfg)
+
+
+@pytest.mark.parametrize("options", [["methods=[bc]", "evaluate=x"], ["eval.episodes=0"]])
+def test_many_good_input(options, monkeypatch):
+    """Cloned policies may be evaluated alone; who does not evaluate needs no OGBench."""
+    import many
+    from hydra import compose, initialize_config_dir
+
+    if "eval.episodes=0" in options:
+        monkeypatch.setattr(many, "resolve_environment", None)
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        many.check_config(compose("many", overrides=options))
 
 
 def test_many_keeps_the_base_policies_of_an_earlier_run(recipe_root, short_run, tmp_path):
@@ -248,8 +290,6 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(recipe_root, short_run, 
     cfg.tasks = [2]
     with pytest.raises(ValueError, match="evaluate=.* got none of: .* task 2 seed 1 scalar"):
         agents.find(cfg)
-    with pytest.raises(ValueError, match="must be without 'bc' where policies are kept"):
-        program(f"policies={tmp_path}", "methods=[evor,bc]")
     with pytest.raises(ValueError, match="must hold an agent of .*, seed 7"):
         program(f"policies={tmp_path}", "seeds=[0,7]")
     with pytest.raises(ValueError, match=r"hidden_sizes=\[8\] must be that of the base policy"):

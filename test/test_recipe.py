@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,20 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _recipe_cases import RECIPE, SMALL, TASK, needs_extras, run
+from _recipe_cases import RECIPE, SMALL, TASK, check_evor, needs_extras, run
 from tensordict import TensorDict
 
 pytestmark = needs_extras
-
-
-def check(recipe_root: Path, *overrides: str) -> None:
-    """What evor.py does before any work."""
-    import utils
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(str(RECIPE), version_base="1.3"):
-        cfg = compose("config", overrides=[*SMALL, f"data.root={recipe_root / 'data'}", *overrides])
-    utils.check_config(cfg)
 
 
 def component(checkpoint: Path, name: str):
@@ -158,7 +147,8 @@ class TestBaseline:
             studies.load(output)
 
 
-def test_law_of_chunks_is_compared_at_the_right_actions(tmp_path):
+@pytest.mark.parametrize("neighbours", [5, 300])  # of 80 transitions
+def test_law_of_chunks_is_compared_at_the_right_actions(tmp_path, neighbours):
     """Each row of the picture holds the chunk that starts at its observation."""
     import figures
 
@@ -194,7 +184,8 @@ def test_law_of_chunks_is_compared_at_the_right_actions(tmp_path):
 
     actor = SimpleNamespace(returns=Returns())
     data = SimpleNamespace(transitions=transitions)
-    figures.reward_to_go(data, actor, 0.9, tmp_path / "law.png", chunk_size=chunk, num_neighbours=5)
+    options = {"chunk_size": chunk, "num_neighbours": neighbours}
+    figures.reward_to_go(data, actor, 0.9, tmp_path / "law.png", **options)
     ends = make_windows(transitions, 2 * steps, chunk, 0.9).end
     assert ends[0] == steps - chunk  # a whole next chunk follows
     assert len(seen) == 9  # all states once, then law and continuation of four states
@@ -259,12 +250,13 @@ def test_older_checkpoints_take_defaults(recipe_root, short_run, tmp_path):
     saved = json.loads((folder / "value.json").read_text())
     del saved["chunk_size"], saved["loss"]["improved"], saved["value"]["num_flows"]
     (folder / "value.json").write_text(json.dumps(saved))
+    (checkpoint / checkpoint_io.SIZES).unlink()  # which the oldest do not have
     trained = studies.load(checkpoint)
     assert (trained.method, trained.chunk_size) == ("evor", 1)
     checkpoint_io.write_sizes(checkpoint)
-    check(recipe_root, f"resume={checkpoint}")
+    check_evor(recipe_root, f"resume={checkpoint}")
     with pytest.raises(ValueError, match="belongs to another configuration: chunk_size was 1"):
-        check(recipe_root, f"resume={checkpoint}", "chunk_size=2")
+        check_evor(recipe_root, f"resume={checkpoint}", "chunk_size=2")
 
 
 def test_improved_options_reach_every_loss():
@@ -459,115 +451,6 @@ def test_spread_of_the_value_alone():
         axis = 1 if ratio.shape[-1] == 256 else ratio.ndim - 1  # a stack multiplies from the right
         seen, rest = ratio.split([2, ratio.shape[axis] - 2], axis)
         assert (seen == 4).all() and (rest == 1).all()
-
-
-class TestBadInput:
-    """Every mistake is named before any work is done."""
-
-    @pytest.mark.parametrize(
-        "override, message",
-        [
-            ("resume=nowhere", "resume must be the folder of a checkpoint, got 'nowhere'"),
-            ("env.name=pointmaze-medum-navigate", "pointmaze-medium-navigate"),
-            ("env.task=7", "task"),
-            ("optim.num_updates=0", "optim.num_updates must be an integer of at least 1, got 0"),
-            ("eval.final_episodes=0", "eval.final_episodes must be an integer of at least 1"),
-            ("eval.episodes=0", "eval.episodes must be an integer of at least 1"),
-            ("data.n_step=0", "data.n_step must be an integer of at least 1"),
-            ("data.observation_spread=0", "observation_spread must be positive and finite, got 0"),
-            ("data.observation_spread=.inf", "observation_spread must be positive and finite"),
-            ("data.observation_spread=null", "observation_spread must be positive and finite"),
-            ("value.observation_spread=-1", "value.observation_spread must be positive and finite"),
-            ("loss.td_target=exact", "td_target must be one of"),
-            ("loss.next_action=best", "next_action must be one of"),
-            ("actor.nodes=even", "nodes must be one of"),
-            ("actor.backend=jax", "backend must be one of"),
-            ("actor.tau_q=-1", "tau_q"),
-            ("actor.tau_r=.inf", r"tau_r must be a temperature in \[0, inf\], got '.inf'"),
-            ("actor.num_candidates=0", "num_candidates"),
-            ("value.num_steps=0", "num_steps"),
-            ("value.hidden_sizes=[0]", "hidden_sizes"),
-            ("optim.schedule=linear", "optim.schedule must be 'constant' or 'cosine'"),
-            ("logger.backend=excel", "logger.backend must be"),
-        ],
-    )
-    def test_configuration(self, override, message):
-        import utils
-        from hydra import compose, initialize_config_dir
-
-        with initialize_config_dir(str(RECIPE), version_base="1.3"):
-            cfg = compose("config", overrides=[override])
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            utils.check_config(cfg)
-
-    @pytest.mark.parametrize("threads", [0, -1, 1.5, "all"])
-    def test_num_threads(self, threads):
-        import utils
-        from omegaconf import OmegaConf
-
-        cfg = OmegaConf.create({"num_threads": threads, "matmul_precision": "highest"})
-        with pytest.raises(ValueError, match=f"num_threads must be null or .*got '?{threads}"):
-            utils.configure_torch(cfg)
-
-    @pytest.mark.parametrize(
-        "override, group",
-        [("loss.gamma=0.9", "loss"), ("optim.lr=1.0", "optim"), ("data.n_step=7", "data")],
-    )
-    def test_checkpoint_of_another_configuration(self, recipe_root, short_run, override, group):
-        resume = f"resume={short_run[1] / 'checkpoint'}"
-        with pytest.raises(ValueError, match=f"belongs to another configuration: {group} was"):
-            check(recipe_root, "optim.num_updates=8", override, resume)
-
-    def test_another_end_of_a_cosine(self, recipe_root, short_run, monkeypatch):
-        """At a constant rate a run may go on; under a schedule its end is part of it."""
-        resume = f"resume={short_run[1] / 'checkpoint'}"
-        check(recipe_root, "optim.num_updates=8", resume)
-        with pytest.raises(ValueError, match="optim was"):
-            check(recipe_root, "optim.num_updates=8", "optim.schedule=cosine", resume)
-
-    def test_a_damaged_checkpoint(self, recipe_root, short_run, tmp_path):
-        checkpoint = Path(shutil.copytree(short_run[1] / "checkpoint", tmp_path / "checkpoint"))
-        resume = f"resume={checkpoint}"
-        check(recipe_root, resume)
-        largest = max(checkpoint.rglob("*.memmap"), key=lambda path: path.stat().st_size)
-        largest.write_bytes(largest.read_bytes()[:16])
-        with pytest.raises(ValueError, match=rf"damaged: .*{largest.name} .* got 16\."):
-            check(recipe_root, resume)
-        largest.unlink()
-        with pytest.raises(ValueError, match="got no file"):
-            check(recipe_root, resume)
-
-    def test_a_checkpoint_of_something_else(self, recipe_root, tmp_path):
-        from torchrl.checkpoint import Checkpoint
-
-        folder = Checkpoint(progress={"step": 1}).save(tmp_path / "checkpoint")
-        with pytest.raises(ValueError, match="resume=.*was not written by evor.py"):
-            check(recipe_root, f"resume={folder}")
-
-    def test_no_room_for_a_checkpoint(self, tmp_path, monkeypatch):
-        import checkpoint_io
-
-        full = SimpleNamespace(free=10)
-        monkeypatch.setattr(checkpoint_io.shutil, "disk_usage", lambda path: full)
-        with pytest.raises(OSError, match="needs 1.0 MiB, 0.0 MiB are free"):
-            checkpoint_io.check_room(tmp_path, torch.nn.Linear(2, 2))
-
-    @pytest.fixture
-    def interruptible(self):
-        """A shell starts what runs in its background with interrupts ignored."""
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        yield
-        signal.signal(signal.SIGINT, before)
-
-    def test_an_interrupt_waits_for_the_checkpoint(self, interruptible):
-        import checkpoint_io
-
-        done = False
-        with pytest.raises(KeyboardInterrupt):
-            with checkpoint_io.uninterrupted():
-                signal.raise_signal(signal.SIGINT)
-                done = True
-        assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 class TestLogger:

@@ -190,6 +190,12 @@ class TestReading:
         with pytest.raises(ValueError, match="bc.csv must hold rows, got none"):
             results_io.read_rows(root)
 
+    def test_files_that_are_no_text(self, root):
+        add(root)
+        (root / ENV / "bc.csv").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(ValueError, match="bc.csv must be a csv file in UTF-8"):
+            results_io.read_rows(root)
+
     def test_bad_cell_names_the_line(self, root):
         add(root, seed=0)
         add(root, seed=1)
@@ -416,14 +422,32 @@ class TestReport:
         [
             ("colour=red", "--where must be .*got 'colour=red'"),
             ("protocol", "--where must be"),
-            ("seed=many", "invalid literal"),
+            ("seed=many", "--where seed=many must hold a value of seed: invalid literal"),
+            ("tau_q=abc", "--where tau_q=abc must hold a value of tau_q: could not convert"),
+            ("evro:tau_r=100", r"--where METHOD must be one of bc, evor, got \['evro'\]"),
+            ("evor:tau_q=3.1", "--where evor:tau_q=3.1 leaves no rows of evor"),
             ("protocol=none", "--where protocol=none leaves no rows"),
         ],
     )
     def test_bad_conditions(self, root, condition, match):
-        add_all(root, "evor", [[1.0], [1.0]])
+        for method in ("evor", "bc"):
+            add_all(root, method, [[1.0], [1.0]])
         with pytest.raises(ValueError, match=match):
             run(root, "--where", condition)
+
+    @pytest.mark.parametrize(
+        "content, match",
+        [
+            (b"a,b\n1,2\n", r"published.csv must have the columns \['env', 'method', 'source', "),
+            (b"env,method,success_percent\n", r"must have the columns \['source'\]"),
+            (b"\xff\xfe\x00", "published.csv must be a csv file in UTF-8: 'utf-8' codec can't"),
+        ],
+    )
+    def test_bad_published_numbers(self, root, tmp_path, content, match):
+        add_all(root, "evor", [[1.0], [1.0]])
+        (tmp_path / "published.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=match):
+            run(root, "--published", str(tmp_path / "published.csv"))
 
     def test_repeatable(self, root):
         add_all(root, "evor", [[0.2, 1.0], [0.4, 0.3], [0.6, 1.0]])
@@ -534,6 +558,15 @@ class TestReadme:
         )
         assert result.returncode == 1
         assert result.stderr.startswith("error: results must be a folder")
+        assert "Traceback" not in result.stderr
+
+    def test_a_folder_in_place_of_a_file(self, results, tmp_path):
+        (results / ENV / "bc.csv").mkdir()
+        command = [sys.executable, str(RECIPE / "report.py"), "--results", str(results)]
+        command += ["--output", str(tmp_path)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: ") and "bc.csv" in result.stderr
         assert "Traceback" not in result.stderr
 
 

@@ -21,6 +21,7 @@ pytestmark = needs_extras
 if HAS_EXTRAS:
     import agents
     import architecture_study
+    import checks
     import costs
     import inference_study
     import noise_study
@@ -295,7 +296,7 @@ class TestBadInput:
     @pytest.mark.parametrize("values", [[], None, [1, 2, 1]])
     def test_sweeps(self, values):
         with pytest.raises(ValueError, match="sizes must hold at least one value, and none twice"):
-            studies.check_sweep("sizes", values)
+            checks.check_sweep("sizes", values)
 
     def test_no_checkpoint(self, tmp_path):
         with pytest.raises(ValueError, match="checkpoint must be the folder"):
@@ -337,6 +338,10 @@ class TestBadInput:
             ("tau_rs=[.inf]", "on a command line inf, not .inf"),
             ("tau_rs=[-1.0]", "tau_rs must be at least 0"),
             ("env.task=9", "task"),
+            ("actor.nodes=typo", "nodes must be one of"),
+            ("actor.num_candidates=0", "num_candidates"),
+            ("eval.episodes=0", "eval.episodes must be an integer of at least 1"),
+            ("seeds=[-1]", "seeds must be an integer of at least 0, got -1"),
         ],
     )
     def test_noise(self, override, message):
@@ -349,6 +354,9 @@ class TestBadInput:
             ("variants=null", "variants must hold"),
             ("eval.interval=7", "must be a multiple of eval.interval"),
             ("+variants.dataset.data.steps=3", "variants.dataset does not fit baselines.yaml"),
+            ("variants.scalar.method=scala", "variants.scalar .* method must be one of"),
+            ("variants.scalar.loss.next_action=improved", "variants.scalar .* next_action must"),
+            ("+variants.qc-5.value.num_flows=2", "variants.qc-5 .* needs method=evor, got .*qc"),
             ("loss.improved.num_candidates=0", "loss.improved.num_candidates"),
             ("loss.improved.tau_r=-1", "loss.improved.tau_r"),
         ],
@@ -362,7 +370,10 @@ class TestBadInput:
         [
             ("variants=null", "must each hold at least one entry"),
             ("methods=[scalar]", "methods must be TD targets"),
-            ("+variants.base={widths: 3}", "variants.base may set"),
+            (
+                "+variants.base={widths: 3}",
+                "variants.base.widths is no option, there are hidden_sizes",
+            ),
             ("base.z=wavelets", "z must be 'raw', 'fourier' or 'bins', got 'wavelets'"),
         ],
     )

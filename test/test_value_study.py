@@ -304,6 +304,33 @@ def test_spread_of_observations():
         value_study.standardize(network, cfg, SimpleNamespace(replay=None))
 
 
+@pytest.mark.skipif(not (_has_hydra and _has_ogbench), reason="needs hydra and ogbench")
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("num_updates=0", "num_updates must be an integer of at least 1, got 0"),
+        ("interval=0", "interval must be an integer of at least 1, got 0"),
+        ("interval=20000", "interval must be at most num_updates=10000, got 20000"),
+        ("batch_size=-1", "batch_size must be an integer of at least 1"),
+        ("num_seeds=0", "num_seeds must be an integer of at least 1"),
+        ("methods=[]", "methods must hold at least one value"),
+        ("methods=[bellman,belman]", "methods must be one of .*, got 'belman'"),
+        ("problems=[]", "problems must hold at least one value"),
+        ("problems=[chain,forks]", "got 'forks'"),
+    ],
+)
+def test_bad_input(override, message):
+    """Named before any work is done, and so before results of an earlier run are replaced."""
+    import value_study
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(RECIPE), version_base="1.3"):
+        cfg = compose("value_study", overrides=[override])
+        value_study.check_config(compose("value_study", overrides=["problems=[maze,fork]"]))
+    with pytest.raises(ValueError, match=message):
+        value_study.check_config(cfg)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not _has_hydra, reason="needs hydra")
 def test_command(tmp_path):

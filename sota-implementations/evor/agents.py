@@ -33,7 +33,6 @@ from torchrl_evor import (
     VelocityMLP,
 )
 from torchrl_evor.envs import rollout_episodes
-from torchrl_evor.modules.functional import check_positive
 
 # Entries that are younger than the oldest agent files; None: such a file does not say.
 YOUNGER = {
@@ -335,7 +334,6 @@ def evaluate_all(cfg: DictConfig, files: dict[Path, str], device) -> None:
         for path, method in files.items()
         for tau in (cfg.tau_rs if method in baselines.LAWS else [math.inf])
     ]
-    check_positive("eval.num_envs", cfg.eval.num_envs)
     processes = cfg.eval.processes or len(os.sched_getaffinity(0))
     evaluation = cfg.eval.episodes, cfg.eval.num_envs, cfg.eval.seed
     context = multiprocessing.get_context("spawn")

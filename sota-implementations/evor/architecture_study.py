@@ -13,6 +13,7 @@ import math
 import statistics
 from pathlib import Path
 
+import checks
 import figures
 import hydra
 import utils
@@ -74,12 +75,10 @@ def make_variants(cfg: DictConfig) -> dict[str, DictConfig]:
         raise ValueError(f"methods must be TD targets of {tuple(TD_TARGETS)}, got {unknown}.")
     variants = {}
     for name, changes in cfg.variants.items():
-        unknown = sorted(set(changes or {}) - set(SETTINGS))
-        if unknown:
-            raise ValueError(f"variants.{name} may set {SETTINGS}, got {unknown}.")
         settings = OmegaConf.to_container(cfg, resolve=True)
-        settings.update(settings["base"])
-        settings.update(OmegaConf.to_container(changes or OmegaConf.create()))
+        changes = OmegaConf.to_container(changes or OmegaConf.create())
+        checks.compare(f"variants.{name}", changes, settings["base"])
+        settings.update({**settings["base"], **changes})
         variants[name] = OmegaConf.create(settings)
         for key in ("z", "time"):
             make_embedding(variants[name], key, variants[name][key])
@@ -141,6 +140,8 @@ def plot(rows: list[dict], path: Path) -> None:
 
 @hydra.main(config_path=".", config_name="architecture_study", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    checks.check_options(cfg, free=["variants"])
+    value_study.check_config(cfg)
     utils.configure_threads(cfg.num_threads)
     variants = make_variants(cfg)
     output = Path(cfg.output or HydraConfig.get().runtime.output_dir)

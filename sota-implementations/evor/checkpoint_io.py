@@ -69,16 +69,23 @@ def write_sizes(folder: Path) -> None:
     os.replace(partial, folder / SIZES)
 
 
-def check_sizes(folder: Path) -> None:
+def check_sizes(folder: Path, option: str = "resume") -> None:
     """Raises if a file of a checkpoint is missing or was cut; mapped files would be regrown."""
     recorded = folder / SIZES
     if not recorded.exists():
-        raise ValueError(f"resume={str(folder)!r} has no {SIZES}: it was not written by evor.py.")
+        raise ValueError(f"{option}={str(folder)!r} has no {SIZES}: it was not written by evor.py.")
+    try:
+        sizes = json.loads(recorded.read_text()).items()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{option}={str(folder)!r} is damaged: {SIZES} must hold the sizes of its files, "
+            f"got something else ({error})."
+        ) from error
     found = _sizes(folder)
-    for name, size in json.loads(recorded.read_text()).items():
+    for name, size in sizes:
         if found.get(name) != size:
             raise ValueError(
-                f"resume={str(folder)!r} is damaged: {name} must have {size} bytes, "
+                f"{option}={str(folder)!r} is damaged: {name} must have {size} bytes, "
                 f"got {found.get(name, 'no file')}."
             )
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import checks
 import hydra
 import result_rows
 import runs
@@ -122,6 +123,7 @@ def show(rows: list[dict], states: int) -> str:
 
 @hydra.main(config_path=".", config_name="costs", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    checks.check_options(cfg)
     for name in ("observation_dim", "action_dim", "updates", "decisions", "states"):
         check_positive(name, cfg[name])
     config, rows = OmegaConf.to_container(cfg, resolve=True), []

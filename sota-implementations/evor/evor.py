@@ -6,23 +6,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import checks
 import figures
 import hydra
 import result_rows
 import runs
 import torch
 import utils
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 
 @hydra.main(config_path=".", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    checks.check_options(cfg)
     utils.check_config(cfg)
-    output = Path(HydraConfig.get().runtime.output_dir)
+    output = runs.new_output(cfg)
     device = utils.choose_device(cfg.device)
     torch.manual_seed(cfg.seed)
     utils.configure_torch(cfg)

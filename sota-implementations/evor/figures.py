@@ -110,7 +110,7 @@ def reward_to_go(
     )
     for axis, centre in zip(axes, centres):
         distance = ((observation - observation[centre]) / spread).square().sum(-1)
-        index = distance.topk(num_neighbours, largest=False).indices
+        index = distance.topk(min(num_neighbours, len(rows)), largest=False).indices
         learnt, empirical = law(index, 32).flatten(), data_returns(index)
         # Steps, because laws of sparse rewards have atoms, which no bin width shows.
         axis.ecdf(empirical, color=EMPIRICAL, lw=4, alpha=0.45, label="data")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import checks
 import hydra
 import studies
 import utils
@@ -39,9 +40,9 @@ def make_sweep(cfg: DictConfig, trained: studies.Trained) -> list[tuple[dict, ob
     values = cfg.grids[cfg.study] if cfg["values"] is None else cfg["values"]
     base = OmegaConf.to_container(cfg.actor)
     for name in ("tau_r", "tau_q"):
-        base[name] = studies.check_number(f"actor.{name}", base[name])
+        base[name] = checks.check_number(f"actor.{name}", base[name])
     sweep = []
-    for value in studies.check_sweep("values", values, numbers=cfg.study.startswith("tau")):
+    for value in checks.check_sweep("values", values, numbers=cfg.study.startswith("tau")):
         options = {**base, SWEPT[cfg.study]: value}
         sweep.append((options, studies.make_actor(trained, options)))
     return sweep
@@ -71,6 +72,7 @@ def run(cfg: DictConfig) -> Path:
 
 @hydra.main(config_path=".", config_name="inference_study", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    checks.check_options(cfg)
     utils.configure_torch(cfg)
     path = run(cfg)
     tqdm.write(f"Rows in {path}, picture in {path.with_suffix('.png')}")

@@ -17,16 +17,70 @@ import time
 from pathlib import Path
 
 import agents
+import baselines
+import checks
 import hydra
 import runs
 import torch
 import utils
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from programs import Program
 from tqdm import tqdm
 
+from torchrl_evor.envs import resolve_environment
+from torchrl_evor.modules.functional import check_choice, check_positive
+
+COUNTS = (
+    *("num_updates", "chunk_size", "policy_steps", "value_steps", "num_atoms"),
+    *("qc_n_step", "qc_candidates", "data.batch_size", "logger.interval", "eval.num_envs"),
+)
 TIMED = 100  # updates between looks at the clock, where max_seconds is given
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Fails before any work is done, where a value of the configuration cannot be."""
+    utils.check_program(cfg)
+    for env in cfg.envs:
+        if not {"name", "gamma"} <= env.keys():
+            raise ValueError(f"envs must each hold name and gamma, got {env}.")
+    checks.check_sweep("envs", [env.name for env in cfg.envs])
+    for name in ("tasks", "seeds", "methods", "n_steps", "tau_rs"):
+        checks.check_sweep(name, cfg[name])
+    for name in COUNTS:
+        check_positive(name, OmegaConf.select(cfg, name))
+    for n_step in cfg.n_steps:
+        check_positive("n_steps", n_step)
+    for name, value in (*(("seeds", x) for x in cfg.seeds), ("eval.episodes", cfg.eval.episodes)):
+        checks.check_not_negative(name, value)
+    for tau in cfg.tau_rs:
+        utils.check_actor({**cfg.actor, "tau_r": tau})
+    if cfg.eval.episodes:  # which needs OGBench
+        for env, task in itertools.product(cfg.envs, cfg.tasks):
+            resolve_environment(f"{env.name}-singletask-task{task}-v0")
+    if cfg.eval.processes is not None:
+        check_positive("eval.processes", cfg.eval.processes)
+    for method in cfg.methods:
+        check_choice("methods", method, ("evor", *baselines.CRITICS, "qc", "bc"))
+    if cfg.evaluate is None:
+        _check_training(cfg)
+
+
+def _check_training(cfg: DictConfig) -> None:
+    check_choice("schedule", cfg.schedule, utils.SCHEDULES)
+    check_choice("next_action", cfg.next_action, ("dataset", "improved"))
+    utils.check_spread("data.observation_spread", cfg.data.observation_spread)
+    utils.check_spread("value_spread", cfg.value_spread)
+    learning = [method for method in cfg.methods if method != "bc"]
+    if not learning:
+        raise ValueError("methods must name one besides 'bc', which has no value network.")
+    for method in learning:
+        check_positive(f"num_critics.{method}", cfg.num_critics[method])
+    if cfg.next_action == "improved" and len(cfg.n_steps) > 1:
+        raise ValueError(f"n_steps must be one for next_action=improved, got {cfg.n_steps}.")
+    if cfg.policies is not None and "bc" in cfg.methods:
+        # It would be counted as trained by the updates of this run.
+        raise ValueError("methods must be without 'bc' where policies are kept, not trained.")
 
 
 def train(cfg: DictConfig, programs: list[Program]) -> float:
@@ -55,6 +109,8 @@ def train(cfg: DictConfig, programs: list[Program]) -> float:
 
 @hydra.main(config_path=".", config_name="many", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    checks.check_options(cfg)
+    check_config(cfg)
     output = Path(HydraConfig.get().runtime.output_dir)
     device = utils.choose_device(cfg.device)
     torch.manual_seed(cfg.seeds[0])
@@ -66,8 +122,6 @@ def main(cfg: DictConfig) -> None:
 
 def train_all(cfg: DictConfig, output: Path, device: torch.device) -> dict[Path, str]:
     """Trains and writes all agents; returns their files with their methods."""
-    utils.check_spread("data.observation_spread", cfg.data.observation_spread)
-    utils.check_spread("value_spread", cfg.value_spread)
     runs.reset_peak_memory(device)
     programs = [Program(cfg, env.name, env.gamma, device) for env in cfg.envs]
     seconds = train(cfg, programs)

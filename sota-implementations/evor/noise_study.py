@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checks
 import hydra
 import studies
 import utils
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from torchrl_evor.data import collect_ogbench
 from torchrl_evor.envs import resolve_environment
+from torchrl_evor.modules.functional import check_positive
 
 LINES = ("method", "action_noise", "num_candidates", "num_samples", "tau_q", "nodes", "training")
 
@@ -80,12 +82,20 @@ def train(cfg: DictConfig, folder: Path, seed: int) -> Path:
 def check(cfg: DictConfig) -> tuple[list[float], list[float], list[int]]:
     """The sweeps, before any work is done."""
     resolve_environment(utils.env_name(cfg))
-    noises, tau_rs = (studies.check_sweep(x, cfg[x], numbers=True) for x in ("noises", "tau_rs"))
+    for name in ("data.num_transitions", "eval.episodes", "eval.num_envs"):
+        check_positive(name, OmegaConf.select(cfg, name))
+    noises, tau_rs = (checks.check_sweep(x, cfg[x], numbers=True) for x in ("noises", "tau_rs"))
     if not all(0 <= noise < float("inf") for noise in noises):
         raise ValueError(f"noises must be finite and at least 0, got {noises}.")
     if not all(tau >= 0 for tau in tau_rs):
         raise ValueError(f"tau_rs must be at least 0, got {tau_rs}.")
-    return noises, tau_rs, studies.check_sweep("seeds", cfg.seeds)
+    for tau in tau_rs:
+        utils.check_actor({**cfg.actor, "tau_r": tau})
+    seeds = checks.check_sweep("seeds", cfg.seeds)
+    for name, seed in (*(("seeds", x) for x in seeds), ("data.seed", cfg.data.seed)):
+        checks.check_not_negative(name, seed)
+    checks.check_not_negative("eval.seed", cfg.eval.seed)
+    return noises, tau_rs, seeds
 
 
 def evaluate(cfg: DictConfig, run: Path, noise: float, tau_rs: list[float], path: Path) -> list:
@@ -105,6 +115,7 @@ def evaluate(cfg: DictConfig, run: Path, noise: float, tau_rs: list[float], path
 
 @hydra.main(config_path=".", config_name="noise_study", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    checks.check_options(cfg)
     noises, tau_rs, seeds = check(cfg)
     utils.configure_threads(cfg.num_threads)
     path = studies.csv_path(cfg.results_dir, "noise", cfg.env.name)

@@ -30,7 +30,6 @@ from torchrl_evor import (
     StackedVelocityMLP,
 )
 from torchrl_evor.data import OGBenchExperienceReplay
-from torchrl_evor.modules.functional import check_choice, check_positive
 
 
 class SharedCandidates:
@@ -66,16 +65,7 @@ class Program:
     """
 
     def __init__(self, cfg: DictConfig, name: str, gamma: float, device: torch.device) -> None:
-        check_positive("chunk_size", cfg.chunk_size)
-        n_steps = {"qc": [check_positive("qc_n_step", cfg.qc_n_step)], "bc": [1]}
-        for method in cfg.methods:
-            check_choice("methods", method, ("evor", *baselines.CRITICS, "qc", "bc"))
-        check_choice("next_action", cfg.next_action, ("dataset", "improved"))
-        if cfg.next_action == "improved" and len(cfg.n_steps) > 1:
-            raise ValueError(f"n_steps must be one for next_action=improved, got {cfg.n_steps}.")
-        if cfg.policies is not None and "bc" in cfg.methods:
-            # It would be counted as trained by the updates of this run.
-            raise ValueError("methods must be without 'bc' where policies are kept, not trained.")
+        n_steps = {"qc": [cfg.qc_n_step], "bc": [1]}
         self.cfg, self.name, self.gamma, self.device = cfg, name, gamma, device
         self.replays = {task: load_task(cfg, name, task, gamma) for task in cfg.tasks}
         # The same for all tasks, which share their data.
@@ -96,8 +86,6 @@ class Program:
         self.policy = self._make_policy()
         # Behaviour cloning is the base policy, which the losses of all others train.
         learning = [method for method in cfg.methods if method != "bc"]
-        if not learning:
-            raise ValueError("methods must name one besides 'bc', which has no value network.")
         self.losses = {method: self._make_loss(method).to(device) for method in learning}
         self.updaters = [SoftUpdate(loss, tau=cfg.tau) for loss in self.losses.values()]
         self.optimizer = self._make_optimizer()
@@ -191,7 +179,7 @@ class Program:
         statistics = [self.replays[s.task].return_statistics(self.gamma) for s in settings]
         loc, scale = (torch.tensor(column) for column in zip(*statistics))
         features = self.observation_dim + self.action_dim
-        num_critics = check_positive(f"num_critics.{method}", self.cfg.num_critics[method])
+        num_critics = self.cfg.num_critics[method]
         if method == "evor":
             networks = [self._value_stack(len(settings), features + 2) for _ in range(num_critics)]
             steps, solver = self.cfg.value_steps, self.cfg.value_solver

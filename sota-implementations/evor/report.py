@@ -4,7 +4,14 @@
 # LICENSE file in the root directory of this source tree.
 """Turns raw result rows into tables with intervals, and plots.
 
-    python report.py                                  writes report/report.md and plots
+The rows of this repository, each method at its best:
+
+    python report.py --split lr --best value_spread --best tau_r --best tau_q --mix num_updates \\
+        --reference evor-5 --allow-single-seed        writes report/report.md and plots
+
+Rows of one setting (--results <folder>):
+
+    python report.py                                  all of them
     python report.py --readme ../../docs/results.md   also renews the tables of a page
     python report.py --where evor:tau_r=inf           picks one of several settings
     python report.py --split tau_r                    shows each of them as a method of its own
@@ -40,22 +47,26 @@ from report_methods import (
     split,
 )
 from report_tables import Estimator, environment_section, overall_section
-from results_io import read_rows, write_text
+from results_io import open_csv, read_rows, write_text
 
 _has_matplotlib = importlib.util.find_spec("matplotlib") is not None
 
 HERE = Path(__file__).resolve().parent
 PLOTS = "@plots@"  # stands for the plots' folder as seen from the file that is written
 START, END = "<!-- results:start -->", "<!-- results:end -->"
+CITED = ("method", "success_percent", "source")
 # Along what a curve can be drawn: the numbers that are chosen when acting.
 CURVES = ("num_candidates", "num_samples", "tau_r", "tau_q")
 
 
 def read_published(path: Path) -> dict[str, list[dict[str, str]]]:
-    """Environment -> published rows (method, success_percent, source)."""
+    """Environment -> published rows, with the columns ``CITED``."""
     published: dict[str, list[dict[str, str]]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+    with open_csv(path) as file:
+        reader = csv.DictReader(file)
+        if missing := {"env", *CITED} - set(reader.fieldnames or ()):
+            raise ValueError(f"{path} must have the columns {sorted(missing)}, got none of them.")
+        for row in reader:
             published.setdefault(row["env"], []).append(row)
     return published
 
@@ -173,5 +184,5 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

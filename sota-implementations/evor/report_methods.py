@@ -100,6 +100,7 @@ def _check_comparable(env: str, methods: list[Method], mixed: Sequence[str]) -> 
 
 def select(rows: list[ResultRow], conditions: list[str]) -> list[ResultRow]:
     """Keeps the rows that meet all ``[METHOD:]COLUMN=VALUE``; others' methods are unaffected."""
+    methods = {row.method for row in rows}
     for condition in conditions:
         target, equals, text = condition.partition("=")
         method, colon, column = target.rpartition(":")
@@ -108,12 +109,20 @@ def select(rows: list[ResultRow], conditions: list[str]) -> list[ResultRow]:
                 f"--where must be [METHOD:]COLUMN=VALUE with a column of {', '.join(COLUMNS)}, "
                 f"got {condition!r}."
             )
-        value = parse_value(column, text)
+        if colon:
+            check_known("--where METHOD", [method], sorted(methods))
+        try:
+            value = parse_value(column, text)
+        except ValueError as error:
+            raise ValueError(
+                f"--where {condition} must hold a value of {column}: {error}"
+            ) from error
         rows = [
             row for row in rows if (colon and row.method != method) or getattr(row, column) == value
         ]
-        if not rows:
-            raise ValueError(f"--where {condition} leaves no rows.")
+        if not any(not colon or row.method == method for row in rows):
+            left = f"no rows of {method}" if colon else "no rows"
+            raise ValueError(f"--where {condition} leaves {left}.")
     return rows
 
 

@@ -265,7 +265,7 @@ def read_rows(results: str | Path) -> list[ResultRow]:
 
 def read_file(path: str | Path) -> list[ResultRow]:
     """The rows of one file, checked."""
-    with open(path, newline="", encoding="utf-8") as file:
+    with open_csv(path) as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(
@@ -277,6 +277,16 @@ def read_file(path: str | Path) -> list[ResultRow]:
         if keys.count(key) > 1:
             raise ValueError(f"{path} holds a run twice: {key}.")
     return rows
+
+
+@contextmanager
+def open_csv(path: str | Path) -> Iterator[io.TextIOBase]:
+    """A file to be read; where it is no text, the error names it."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            yield file
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} must be a csv file in UTF-8: {error}") from error
 
 
 def _parse(path: str | Path, line: int, record: dict) -> ResultRow:

@@ -16,6 +16,7 @@ from pathlib import Path
 import checkpoint_io
 import torch
 import utils
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -28,6 +29,21 @@ from tqdm import tqdm
 
 from torchrl_evor import OGBenchExperienceReplay
 from torchrl_evor.record import wilson_interval
+
+
+def new_output(cfg: DictConfig) -> Path:
+    """Folder of the running script, whose logs would go on with those of an earlier run.
+
+    Raises:
+        ValueError: if that left a checkpoint there which is not continued.
+    """
+    output = Path(HydraConfig.get().runtime.output_dir)
+    if cfg.resume is None and (output / "checkpoint").exists():
+        raise ValueError(
+            f"hydra.run.dir must be a folder without a checkpoint, got {str(output)!r}: continue "
+            f"its run with resume={output / 'checkpoint'} or choose another folder."
+        )
+    return output
 
 
 def train(

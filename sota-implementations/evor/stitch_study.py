@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import checks
 import figures
 import hydra
 import result_rows
@@ -29,7 +30,7 @@ def make_variants(cfg: DictConfig) -> dict[str, DictConfig]:
     """Configuration of each variant, checked before any of them is trained.
 
     Raises:
-        ValueError: if there are none, or one sets what does not exist.
+        ValueError: if there are none, or one cannot be trained.
     """
     if not cfg.variants:
         raise ValueError("variants must hold at least one entry, got none.")
@@ -42,9 +43,9 @@ def make_variants(cfg: DictConfig) -> dict[str, DictConfig]:
     for name, changes in cfg.variants.items():
         try:
             variants[name] = OmegaConf.merge(cfg, changes)
+            train_baseline.check_config(variants[name])
         except Exception as error:
             raise ValueError(f"variants.{name} does not fit baselines.yaml: {error}") from error
-        utils.check_config(variants[name])
     return variants
 
 
@@ -129,7 +130,10 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 
 @hydra.main(config_path=".", config_name="stitch_study", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    checks.check_options(cfg, free=["variants"])
     variants = make_variants(cfg)
+    for variant in variants.values():
+        checks.check_options(variant, free=["variants"])
     utils.configure_torch(cfg)
     device = utils.choose_device(cfg.device)
     path = studies.csv_path(cfg.results_dir, "stitch", cfg.env.name)

@@ -88,6 +88,8 @@ def load(checkpoint: str | Path | None, device: torch.device | str = "cpu") -> T
     folder = path if Checkpoint.is_checkpoint(path) else path / "checkpoint"
     if not Checkpoint.is_checkpoint(folder):
         raise FileNotFoundError(expected)
+    if (folder / checkpoint_io.SIZES).exists():  # which older checkpoints lack
+        checkpoint_io.check_sizes(folder, "checkpoint")
     return _load_run(folder, device)
 
 
@@ -178,29 +180,6 @@ def make_actor(trained: Trained, options: dict) -> EVORActor:
         ValueError: if an option is bad, or has no meaning for a scalar critic.
     """
     return EVORActor(trained.policy, trained.returns, **options)
-
-
-def check_number(name: str, value) -> float:
-    """A value as a float; infinity is ``.inf`` in a YAML file and ``inf`` on a command line."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(
-            f"{name} must hold numbers (on a command line inf, not .inf), got {value!r}."
-        )
-    return float(value)
-
-
-def check_sweep(name: str, values, numbers: bool = False) -> list:
-    """The values of a sweep as a list, as floats if they are to be ``numbers``.
-
-    Raises:
-        ValueError: if there are none, one comes twice, or one is no number.
-    """
-    values = list(values or ())
-    if numbers:
-        values = [check_number(name, value) for value in values]
-    if not values or len(set(values)) < len(values):
-        raise ValueError(f"{name} must hold at least one value, and none twice, got {values}.")
-    return values
 
 
 def evaluate(

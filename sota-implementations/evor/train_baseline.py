@@ -10,13 +10,13 @@ import dataclasses
 from pathlib import Path
 
 import baselines
+import checks
 import figures
 import hydra
 import result_rows
 import runs
 import torch
 import utils
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torchrl.objectives import SoftUpdate
 from tqdm import tqdm
@@ -89,11 +89,18 @@ def make_agent(cfg: DictConfig, sizes: baselines.Sizes, device: torch.device):
     return loss, actor, optimizer, updater
 
 
+def check_config(cfg: DictConfig) -> None:
+    """Fails before any work is done, as in :func:`utils.check_config`, for the method as well."""
+    utils.check_config(cfg)
+    make_agent(cfg, plain_sizes(cfg, 1, cfg.chunk_size), torch.device("cpu"))
+
+
 @hydra.main(config_path=".", config_name="baselines", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    checks.check_options(cfg)
     resolve_n_step(cfg)
-    utils.check_config(cfg)
-    output = Path(HydraConfig.get().runtime.output_dir)
+    check_config(cfg)
+    output = runs.new_output(cfg)
     device = utils.choose_device(cfg.device)
     torch.manual_seed(cfg.seed)
     utils.configure_torch(cfg)

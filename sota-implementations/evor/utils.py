@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import checkpoint_io
+import checks
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
@@ -30,11 +32,12 @@ from torchrl_evor import (
     VelocityMLP,
 )
 from torchrl_evor.envs import resolve_environment, rollout_episodes
-from torchrl_evor.modules.functional import check_positive, check_temperature
+from torchrl_evor.modules.functional import check_choice, check_positive, check_temperature
 
 # Share of the range of returns by which their bounds are moved out: a guard against targets that
 # run away, not an estimator (docs/decisions.md, 24).
 RETURN_SLACK = 0.5
+SCHEDULES = ("constant", "cosine")
 COUNTS = (
     "value.num_flows",
     "chunk_size",
@@ -58,8 +61,11 @@ def env_name(cfg: DictConfig) -> str:
 def check_config(cfg: DictConfig) -> None:
     """Fails before any work is done, where a value of the configuration cannot be."""
     resolve_environment(env_name(cfg))
+    check_program(cfg)
     for name in COUNTS:
         check_positive(name, OmegaConf.select(cfg, name))
+    for name in ("seed", "eval.interval", "checkpoint.interval"):
+        checks.check_not_negative(name, OmegaConf.select(cfg, name))
     for name in ("tau_r", "tau_q"):
         check_temperature(f"loss.improved.{name}", cfg.loss.improved[name])
     if cfg.logger.backend not in ("csv", "wandb", "tensorboard", "none"):
@@ -67,10 +73,7 @@ def check_config(cfg: DictConfig) -> None:
             "logger.backend must be 'csv', 'wandb', 'tensorboard' or 'none', "
             f"got {cfg.logger.backend!r}."
         )
-    if cfg.optim.schedule not in ("constant", "cosine"):
-        raise ValueError(
-            f"optim.schedule must be 'constant' or 'cosine', got {cfg.optim.schedule!r}."
-        )
+    check_choice("optim.schedule", cfg.optim.schedule, SCHEDULES)
     check_spread("data.observation_spread", cfg.data.observation_spread)
     check_spread("value.observation_spread", value_spread(cfg))
     _check_options(cfg)
@@ -80,6 +83,21 @@ def check_config(cfg: DictConfig) -> None:
                 f"resume must be the folder of a checkpoint, got {cfg.resume!r}."
             )
         checkpoint_io.load_progress(cfg)
+
+
+def check_program(cfg: DictConfig) -> None:
+    """What all programs that train have in common."""
+    check_choice("matmul_precision", cfg.matmul_precision, ("highest", "high", "medium"))
+    checks.check_not_negative("eval.seed", cfg.eval.seed)
+    checks.check_folder("results_dir", cfg.results_dir)
+    if not str(cfg.protocol).strip():
+        raise ValueError(f"protocol must be a text that is not empty, got {cfg.protocol!r}.")
+
+
+def check_actor(options: Mapping[str, object]) -> None:
+    """Builds an actor over the smallest networks, for the errors of its options."""
+    policy = FlowMatchingPolicy(VelocityMLP(3, 1, hidden_sizes=(1,)), 1)
+    EVORActor(policy, ReturnFlow(VelocityMLP(4, hidden_sizes=(1,))), **options)
 
 
 def _check_options(cfg: DictConfig) -> None:

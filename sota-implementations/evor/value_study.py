@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import baselines
+import checks
 import figures
 import hydra
 import numpy as np
@@ -43,12 +44,30 @@ from torchrl_evor import (
     StackedVelocityMLP,
     VelocityMLP,
 )
-from torchrl_evor.modules.functional import check_choice
+from torchrl_evor.envs import resolve_environment
+from torchrl_evor.modules.functional import check_choice, check_positive
 from torchrl_evor.objectives.td_targets import TD_TARGETS
 from torchrl_evor.record import mean
 
 LABELS = ("problem", "method", "updates", "seconds", "seed")
+METHODS = (*TD_TARGETS, *baselines.CRITICS)
+COUNTS = ("num_seeds", "num_updates", "interval", "batch_size", "num_steps", "num_atoms")
 Truth = KnownLaws | HeldOutReturns
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Fails before any work is done, where a value of the configuration cannot be."""
+    for name in COUNTS:
+        check_positive(name, cfg[name])
+    if cfg.interval > cfg.num_updates:  # nothing would be measured
+        raise ValueError(
+            f"interval must be at most num_updates={cfg.num_updates}, got {cfg.interval}."
+        )
+    for method in checks.check_sweep("methods", cfg.methods):
+        check_choice("methods", method, METHODS)
+    for problem in checks.check_sweep("problems", cfg.problems):
+        if problem not in (*PROBLEMS, "maze"):
+            resolve_environment(problem)
 
 
 def make_truth(cfg: DictConfig, name: str) -> Truth:
@@ -91,7 +110,7 @@ def make_model(cfg: DictConfig, truth: Truth, method: str):
 
     if method in TD_TARGETS:
         return ReturnFlow(stack(inputs + 2), cfg.num_steps, **units)
-    check_choice("methods", method, (*TD_TARGETS, *baselines.CRITICS))
+    check_choice("methods", method, METHODS)
     network = stack(inputs, 1 if method == "scalar" else cfg.num_atoms)
     return baselines.make_critic(method, network, **atoms, **units)
 
@@ -226,6 +245,8 @@ def plot(rows: list[dict], path: Path, against: str = "updates") -> None:
 
 @hydra.main(config_path=".", config_name="value_study", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    checks.check_options(cfg)
+    check_config(cfg)
     utils.configure_threads(cfg.num_threads)
     output = Path(cfg.output or HydraConfig.get().runtime.output_dir)
     output.mkdir(parents=True, exist_ok=True)
