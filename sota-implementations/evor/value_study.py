@@ -110,7 +110,6 @@ def make_model(cfg: DictConfig, truth: Truth, method: str):
 
     if method in TD_TARGETS:
         return ReturnFlow(stack(inputs + 2), cfg.num_steps, **units)
-    check_choice("methods", method, METHODS)
     network = stack(inputs, 1 if method == "scalar" else cfg.num_atoms)
     return baselines.make_critic(method, network, **atoms, **units)
 

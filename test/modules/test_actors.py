@@ -208,10 +208,12 @@ class TestAnyPolicy:
         with pytest.raises(ValueError, match="policy must not read its noise within a sequence"):
             EVORActor(TensorDictSequential(encoder, flow), returns)
 
-    def test_a_flow_that_may_read_its_noise_draws_it(self):
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_flow_that_may_read_its_noise_draws_it(self, compiled):
         """All candidates would be made from one draw."""
         keys = {"in_keys": ["observation", "noise"]}
         policy = FlowMatchingPolicy(VelocityMLP(2 + 2 + 1, 2, hidden_sizes=(4,)), 2, **keys)
+        policy = torch.compile(policy, backend="eager") if compiled else policy
         actor = EVORActor(policy, make_actor().returns, num_candidates=8, return_candidates=True)
         assert actor.in_keys == ["observation"]
         data = observations(3)

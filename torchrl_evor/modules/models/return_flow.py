@@ -340,9 +340,10 @@ class ReturnFlow(ReturnModel):
 
         if self.loc.ndim:
             return "loc and scale differ along the batch"
-        kinds = {tensor.dtype for tensor in (observation, candidates, *self.parameters())}
-        if len(kinds) > 1 and torch.is_autocast_enabled(observation.device.type):
-            return "under autocast the inputs have another dtype than the parameters"
+        if torch.is_autocast_enabled(observation.device.type):
+            kinds = {tensor.dtype for tensor in (observation, candidates, *self.parameters())}
+            if len(kinds) > 1:
+                return "under autocast the inputs have another dtype than the parameters"
         needs_grad = any(
             tensor.requires_grad for tensor in (observation, candidates, *self.parameters())
         )

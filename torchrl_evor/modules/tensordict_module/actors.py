@@ -192,8 +192,9 @@ class EVORActor(TensorDictModuleBase):
                 f"policy must write the action that returns reads, {action_key!r}, "
                 f"got a policy that writes {policy.out_keys}."
             )
-        inner = [part for part in policy.modules() if part is not policy and is_flow_policy(part)]
-        if any(len(flow.in_keys) > 1 for flow in inner):
+        if not is_flow_policy(policy) and any(
+            is_flow_policy(part) and len(part.in_keys) > 1 for part in policy.modules()
+        ):
             raise ValueError(
                 "policy must not read its noise within a sequence, where every candidate would "
                 "be the same: leave it to the flow, in_keys of one observation."
