@@ -187,6 +187,8 @@ def test_many_improves_each_task_by_its_own_law():
         (["next_action=policy"], "next_action must be one of .*, got 'policy'"),
         (["next_action=improved", "n_steps=[2,4]"], r"n_steps must be one .*, got \[2, 4\]"),
         (["methods=[bc]"], "methods must name one besides 'bc'"),
+        (["policy_solver=heun"], "solver must be one of .*, got 'heun'"),
+        (["value_solver=midpoint", "value_steps=3"], "num_steps must be even .*, got 3"),
         (["methods=[evor,bc]", "policies=x"], "must be without 'bc' where policies are kept"),
         (["methods=[evr]"], "methods must be one of .*, got 'evr'"),
         (["methods=[evor,evor]"], r"methods must hold .* none twice, got \['evor', 'evor'\]"),
@@ -296,6 +298,8 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(recipe_root, short_run, 
         program(f"policies={tmp_path}", "hidden_sizes=[8]")
     with pytest.raises(ValueError, match=r"lr=0.5 must be .* was trained with [0-9.]+\."):
         program(f"policies={tmp_path}", "lr=0.5")
+    flow = program(f"policies={tmp_path}", "policy_steps=4", "policy_solver=midpoint").policy.module
+    assert (flow.num_steps, flow.solver) == (4, "midpoint")
 
 
 def test_many_stops_in_time(recipe_root, short_run, tmp_path):

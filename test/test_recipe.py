@@ -343,6 +343,12 @@ def test_text_of_a_training():
         first = programs.training_settings(compose("many", overrides=together), 0.9, "official")
         second = result_rows.training_settings(compose("baselines", overrides=alone), "official")
         improved = compose("config", overrides=["loss.next_action=improved"])
+        together = ["policy_steps=4", "policy_solver=midpoint"]
+        alone = ["policy.num_steps=4", "policy.solver=midpoint"]
+        midpoint = [
+            programs.training_settings(compose("many", overrides=together), 0.9, "official"),
+            result_rows.training_settings(compose("config", overrides=alone), "official"),
+        ]
     policy = "data=official lr=0.002 schedule=cosine observation_spread=3 policy_hidden=8x4 "
     policy += "policy_activation=silu policy_steps=10"
     value = f"{policy} gamma=0.9 tau=0.1 value_spread=2 value_activation=silu layer_norm=True"
@@ -356,6 +362,9 @@ def test_text_of_a_training():
     for settings in (first, second):
         made = {method: results_io.training_text(method, settings) for method in expected}
         assert made == expected
+    for settings in midpoint:
+        text = results_io.training_text("bc", settings)
+        assert text.endswith(" policy_steps=4(midpoint)")
     text = results_io.training_text("iql", second)
     assert text == f"{value} expectile=0.9 temperature=10"
     text = results_io.training_text("evor", result_rows.training_settings(improved, "official"))

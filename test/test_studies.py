@@ -63,6 +63,7 @@ def agent_file(folder: Path, method: str = "evor", observation_dim: int = 2) -> 
         activation="gelu_tanh",
         layer_norm=True,
         policy_steps=2,
+        policy_solver="euler",
         value_steps=2,
         value_solver="euler",
         num_atoms=7,
@@ -204,6 +205,7 @@ class TestAgentFiles:
             ("chunk_size=2", r"chunk_size=2 must be .* was built with 1\."),
             ("hidden_sizes=[16,16]", r"hidden_sizes=\[16, 16\] must be .* was built with \[8\]"),
             ("policy_steps=4", "policy_steps=4 must be .* was built with 2"),
+            ("policy_solver=midpoint", "policy_solver=midpoint must be .* built with euler"),
             ("num_critics.evor=3", "num_critics.evor=3 must be .* was built with 1"),
             ("n_steps=[10]", r"n_steps=\[10\] must be .* was built with 5"),
             ("qc_n_step=1", "qc_n_step=1 must be .* was built with 5"),
@@ -312,11 +314,14 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "overrides, message",
         [
-            (["study=speed"], "study must be one of candidates, samples, tau_q, tau_r"),
+            (["study=speed"], "study must be one of candidates, samples, tau_q, tau_r, steps"),
             (["values=[]"], "values must hold at least one value"),
             (["values=[0]"], "num_candidates"),
             (["study=tau_q", "values=[-1.0]"], "tau_q"),
             (["actor.nodes=some"], "nodes"),
+            (["study=steps", "values=[0]"], "values must be an integer of at least 1, got 0"),
+            (["study=steps", "values=[5]", "policy_solver=midpoint"], "num_steps must be even"),
+            (["study=steps", "policy_solver=heun"], "solver must be one of .*, got 'heun'"),
         ],
     )
     def test_inference(self, tmp_path, overrides, message):
@@ -425,6 +430,22 @@ def test_sweep_changes_one_option_only(tmp_path):
     assert all(actor.returns is trained.returns for _, actor in sweep)
 
 
+def test_sweep_of_steps_leaves_the_trained_policy_alone(tmp_path):
+    trained = studies.load(agent_file(tmp_path))
+    cfg = config("inference_study", "study=steps", "values=[4,6]", "policy_solver=midpoint")
+    sweep = inference_study.make_sweep(cfg, trained)
+    flows = [actor.policy.module for _, actor in sweep]
+    assert [(flow.num_steps, flow.solver) for flow in flows] == [(4, "midpoint"), (6, "midpoint")]
+    assert [(options["policy_steps"], options["policy_solver"]) for options, _ in sweep] == [
+        (4, "midpoint"),
+        (6, "midpoint"),
+    ]
+    assert (trained.policy.module.num_steps, trained.policy.module.solver) == (2, "euler")
+    noise = torch.randn(5, 2)
+    actions = [flow(torch.zeros(5, 2), noise) for flow in (*flows, trained.policy.module)]
+    assert not actions[0].equal(actions[2])
+
+
 def episode(action_noise: float):
     file = parse_file_name("pointmaze-medium-navigate-v0")
     behaviour = _ogbench_episodes.Behaviour.official(
@@ -478,6 +499,12 @@ def test_inference_study(root):
     rows = check_outputs(root, "candidates", TASK["env"], 2)
     assert [r["num_candidates"] for r in rows] == ["1", "2"]
     assert all(float(r["latency_seconds"]) > 0 for r in rows)
+    run("inference_study.py", root, *overrides, "study=steps", "values=[1,2]")
+    rows = check_outputs(root, "steps", TASK["env"], 2)
+    assert [(r["policy_steps"], r["policy_solver"]) for r in rows] == [
+        ("1", "euler"),
+        ("2", "euler"),
+    ]
 
 
 @pytest.mark.slow

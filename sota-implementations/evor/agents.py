@@ -38,6 +38,7 @@ from torchrl_evor.envs import rollout_episodes
 YOUNGER = {
     "chunk_size": 1,
     "layer_norm": True,
+    "policy_solver": "euler",
     **dict.fromkeys(("training", "policy_updates", "train_seconds", "peak_memory_mb")),
     **dict.fromkeys(("support", "num_atoms")),
 }
@@ -50,7 +51,7 @@ REQUIRED = (
 # Options of many.yaml that an agent file holds under the same name.
 BUILT_WITH = (
     *("chunk_size", "hidden_sizes", "value_hidden_sizes", "activation", "layer_norm"),
-    *("policy_steps", "value_steps", "value_solver", "num_atoms"),
+    *("policy_steps", "policy_solver", "value_steps", "value_solver", "num_atoms"),
 )
 
 
@@ -84,6 +85,7 @@ def save(
         "activation": program.cfg.activation,
         "layer_norm": program.cfg.layer_norm,
         "policy_steps": program.cfg.policy_steps,
+        "policy_solver": program.cfg.policy_solver,
         "value_steps": program.cfg.value_steps,
         "value_solver": program.cfg.value_solver,
         "batch_size": program.cfg.data.batch_size,
@@ -200,7 +202,8 @@ def build(content: dict, device: torch.device | str = "cpu", **actor_options):
         for state in content["value"]
     ]
     action_dim = policy.net[-1].out_features
-    policy = FlowMatchingPolicy(policy, action_dim, content["policy_steps"])
+    steps, solver = content["policy_steps"], content["policy_solver"]
+    policy = FlowMatchingPolicy(policy, action_dim, steps, solver=solver)
     if content["method"] == "bc":
         return policy.to(device)
     units = {"loc": content["loc"], "scale": content["scale"]}
@@ -242,7 +245,8 @@ def load_policy(
             )
     theirs = results_io.parse_training(content["training"])
     for key, value in results_io.parse_training(training).items():
-        if theirs.get(key, value) != value:
+        # Flow matching takes no steps: any number may sample what it has learnt.
+        if key != "policy_steps" and theirs.get(key, value) != value:
             raise ValueError(
                 f"{key}={value} must be that of the base policy in policies: "
                 f"{paths[0]} was trained with {theirs[key]}."

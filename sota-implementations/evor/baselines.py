@@ -60,6 +60,7 @@ class Sizes:
     policy_activation: str = "gelu_tanh"
     value_activation: str = "gelu_tanh"
     num_steps: int = 10
+    solver: str = "euler"
     value_steps: int = 10
     value_solver: str = "euler"
     policy_statistics: tuple[Tensor, Tensor] | None = None
@@ -103,7 +104,7 @@ class Sizes:
     def policy(self) -> FlowMatchingPolicy:
         """Base policy."""
         network = self.policy_network(self.inputs + 1)
-        return FlowMatchingPolicy(network, self.action_dim, self.num_steps)
+        return FlowMatchingPolicy(network, self.action_dim, self.num_steps, solver=self.solver)
 
     def returns(self) -> ReturnFlow:
         """Reward-to-go flow, or an ensemble."""

@@ -8,12 +8,15 @@
   inference_study.py checkpoint=<run> study=samples       against N, the reward-to-go nodes
   inference_study.py checkpoint=<run> study=tau_q         against the temperature of the choice
   inference_study.py checkpoint=<run> study=tau_r         against that of the reward-to-go
+  inference_study.py checkpoint=<run> study=steps         against the base policy's evaluations
 
 Rows of several checkpoints (tasks, seeds) of an environment come together in one file and picture.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
 
 import checks
@@ -23,11 +26,15 @@ import utils
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from torchrl_evor import FlowMatchingPolicy
+from torchrl_evor.modules.functional import check_positive, check_solver
+
 SWEPT = {
     "candidates": "num_candidates",
     "samples": "num_samples",
     "tau_q": "tau_q",
     "tau_r": "tau_r",
+    "steps": "policy_steps",
 }
 
 
@@ -44,8 +51,22 @@ def make_sweep(cfg: DictConfig, trained: studies.Trained) -> list[tuple[dict, ob
     sweep = []
     for value in checks.check_sweep("values", values, numbers=cfg.study.startswith("tau")):
         options = {**base, SWEPT[cfg.study]: value}
-        sweep.append((options, studies.make_actor(trained, options)))
+        if cfg.study == "steps":
+            options["policy_solver"] = cfg.policy_solver
+            policy = _with_steps(trained.policy, value, cfg.policy_solver)
+            actor = studies.make_actor(dataclasses.replace(trained, policy=policy), base)
+        else:
+            actor = studies.make_actor(trained, options)
+        sweep.append((options, actor))
     return sweep
+
+
+def _with_steps(policy: FlowMatchingPolicy, num_steps: int, solver: str) -> FlowMatchingPolicy:
+    """A copy of a policy whose flow takes other steps."""
+    policy = copy.deepcopy(policy)
+    policy.module.num_steps = check_positive("values", num_steps)
+    policy.module.solver = check_solver(solver, num_steps)
+    return policy
 
 
 def run(cfg: DictConfig) -> Path:
@@ -66,6 +87,7 @@ def run(cfg: DictConfig) -> Path:
             )
     settings = ("num_candidates", "num_samples", "tau_r", "tau_q", "nodes", "action_noise")
     lines = ("method", *(name for name in settings if name != swept), "backend", "device")
+    lines += ("policy_solver",) if cfg.study == "steps" else ()
     studies.plot_success(rows, swept, lines, path.with_suffix(".png"))
     return path
 

@@ -29,7 +29,7 @@ from programs import Program
 from tqdm import tqdm
 
 from torchrl_evor.envs import resolve_environment
-from torchrl_evor.modules.functional import check_choice, check_positive
+from torchrl_evor.modules.functional import check_choice, check_positive, check_solver
 
 COUNTS = (
     *("num_updates", "chunk_size", "policy_steps", "value_steps", "num_atoms"),
@@ -69,6 +69,8 @@ def check_config(cfg: DictConfig) -> None:
 def _check_training(cfg: DictConfig) -> None:
     check_choice("schedule", cfg.schedule, utils.SCHEDULES)
     check_choice("next_action", cfg.next_action, ("dataset", "improved"))
+    for name in ("policy", "value"):
+        check_solver(cfg[f"{name}_solver"], cfg[f"{name}_steps"])
     utils.check_spread("data.observation_spread", cfg.data.observation_spread)
     utils.check_spread("value_spread", cfg.value_spread)
     learning = [method for method in cfg.methods if method != "bc"]

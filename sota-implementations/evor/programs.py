@@ -150,7 +150,8 @@ class Program:
                 )
             self._policy_updates = updates[0]
             network = StackedVelocityMLP.from_models(networks).requires_grad_(False)
-        policy = FlowMatchingPolicy(network, self.action_dim, self.cfg.policy_steps)
+        steps, solver = self.cfg.policy_steps, self.cfg.policy_solver
+        policy = FlowMatchingPolicy(network, self.action_dim, steps, solver=solver)
         return policy.to(self.device)
 
     def _value_stack(self, num_models: int, in_features: int, out_features: int = 1):
@@ -331,7 +332,7 @@ def training_settings(cfg: DictConfig, gamma: float, origin: str) -> dict[str, o
         "observation_spread": cfg.data.observation_spread,
         "policy_hidden": "x".join(map(str, cfg.hidden_sizes)),
         "policy_activation": cfg.activation,
-        "policy_steps": cfg.policy_steps,
+        "policy_steps": results_io.steps_text(cfg.policy_steps, cfg.policy_solver),
         "gamma": gamma,
         "tau": cfg.tau,
         "value_spread": cfg.value_spread,

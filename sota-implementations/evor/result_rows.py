@@ -66,7 +66,7 @@ def training_settings(cfg: DictConfig, origin: str) -> dict[str, object]:
         "observation_spread": cfg.data.observation_spread,
         "policy_hidden": "x".join(map(str, cfg.policy.hidden_sizes)),
         "policy_activation": cfg.policy.activation,
-        "policy_steps": cfg.policy.num_steps,
+        "policy_steps": results_io.steps_text(cfg.policy.num_steps, cfg.policy.solver),
         "gamma": cfg.loss.gamma,
         "tau": cfg.loss.tau,
         "value_spread": utils.value_spread(cfg),

@@ -162,6 +162,11 @@ def next_action_text(next_action: str, improved: Mapping[str, float]) -> str:
     return f"improved({options})" if next_action == "improved" else next_action
 
 
+def steps_text(num_steps: int, solver: str) -> str:
+    """Evaluations of a base policy's flow, with the solver where it is not Euler's."""
+    return str(num_steps) if solver == "euler" else f"{num_steps}({solver})"
+
+
 def training_text(method: str, settings: Mapping[str, object]) -> str:
     """What the training of a method depends on, ``name=value`` each: rows of one text compare.
 

@@ -17,6 +17,7 @@ import checks
 import figures
 import hydra
 import result_rows
+import results_io
 import studies
 import torch
 import train_baseline
@@ -93,7 +94,7 @@ def settings(cfg: DictConfig) -> str:
         "lr": cfg.optim.lr,
         "batch_size": cfg.data.batch_size,
         "spread": cfg.data.observation_spread,
-        "policy_steps": cfg.policy.num_steps,
+        "policy_steps": results_io.steps_text(cfg.policy.num_steps, cfg.policy.solver),
         "value_steps": cfg.value.num_steps,
         "value_spread": utils.value_spread(cfg),
         "layer_norm": cfg.value.layer_norm,

@@ -41,6 +41,7 @@ def plain_sizes(cfg: DictConfig, observation_dim: int, action_dim: int) -> basel
         policy_activation=cfg.policy.activation,
         value_activation=cfg.value.activation,
         num_steps=cfg.policy.num_steps,
+        solver=cfg.policy.solver,
         value_steps=cfg.value.num_steps,
         value_solver=cfg.value.solver,
         layer_norm=cfg.value.layer_norm,

@@ -205,6 +205,7 @@ def build_networks(cfg: DictConfig, observation_dim: int, action_dim: int):
         ),
         action_dim,
         cfg.policy.num_steps,
+        solver=cfg.policy.solver,
     )
     networks = [
         VelocityMLP(

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from _known_laws import euler_gaussian_std, gaussian_velocity
 from tensordict import TensorDict
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -24,6 +25,18 @@ class Constant(nn.Module):
 
     def forward(self, inputs):
         return torch.full_like(inputs[..., : self.size], self.value)
+
+
+class Gaussian(nn.Module):
+    """Field of a policy of one number, N(0, std^2) in every state."""
+
+    def __init__(self, std):
+        super().__init__()
+        self.std = torch.tensor(std)
+
+    def forward(self, inputs):
+        action, time = inputs[..., -2:-1], inputs[..., -1:]
+        return gaussian_velocity(action, time, torch.zeros(()), self.std)
 
 
 class ThereAndBack(nn.Module):
@@ -155,6 +168,32 @@ class TestFlowMatchingModel:
         action = FlowMatchingModel(network, 2, num_steps=4)(torch.ones(1, 3), torch.zeros(1, 2))
         torch.testing.assert_close(action, torch.full((1, 2), 0.375))
 
+    def test_midpoint_is_exact_where_velocity_is_linear_in_time(self):
+        """da/dt = time again: the velocity in the middle is the mean, 1/2 in all."""
+        network = nn.Linear(3 + 2 + 1, 2, bias=False)
+        network.weight.data.zero_()[:, -1] = 1.0
+        model = FlowMatchingModel(network, 2, num_steps=2, solver="midpoint")
+        action = model(torch.ones(1, 3), torch.zeros(1, 2))
+        torch.testing.assert_close(action, torch.full((1, 2), 0.5))
+
+    @pytest.mark.parametrize("std", [0.3, 0.6])
+    def test_four_evaluations_keep_more_of_the_spread_than_ten_euler_steps(self, std):
+        """Of a Gaussian policy: its flow only scales the noise."""
+        noise = torch.ones(1, 1)
+        kept = {
+            solver: FlowMatchingModel(Gaussian(std), 1, num_steps, solver=solver)(noise, noise)
+            for solver, num_steps in (("euler", 10), ("midpoint", 4))
+        }
+        assert kept["euler"].item() == pytest.approx(euler_gaussian_std(std, 10), abs=1e-6)
+        assert kept["euler"] < 0.9 * std < kept["midpoint"] <= std
+
+    def test_solver_may_be_changed_after_training(self):
+        model = FlowMatchingModel(Gaussian(0.5), 1)
+        noise = torch.ones(1, 1)
+        before = model(noise, noise)
+        model.num_steps, model.solver = 4, "midpoint"
+        assert model(noise, noise) > before
+
     def test_column_order(self):
         """The network sees observation, action, time."""
         seen = []
@@ -204,6 +243,8 @@ class TestFlowMatchingModel:
         [
             ({"action_dim": 0}, "action_dim"),
             ({"num_steps": 0}, "num_steps"),
+            ({"num_steps": 5, "solver": "midpoint"}, "num_steps must be even"),
+            ({"solver": "heun"}, "solver must be one of .*, got 'heun'"),
             ({"low": 1.0, "high": 1.0}, "low"),
             ({"low": torch.tensor([-1.0, 2.0])}, "low"),
         ],
@@ -250,6 +291,11 @@ class TestFlowMatchingPolicy:
         policy = FlowMatchingPolicy(Constant(0.0), 2, 3, -0.5, 0.5)
         assert policy.module.num_steps == 3
         assert (policy.module.low.item(), policy.module.high.item()) == (-0.5, 0.5)
+
+    def test_solver(self):
+        assert self.make().module.solver == "euler"
+        module = self.make(num_steps=4, solver="midpoint").module
+        assert (module.num_steps, module.solver) == (4, "midpoint")
 
     def test_compiles(self):
         policy = self.make(in_keys=["observation", "noise"])

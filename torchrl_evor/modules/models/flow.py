@@ -10,7 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchrl_evor.modules.functional import check_choice, check_positive, integrate
+from torchrl_evor.modules.functional import (
+    check_choice,
+    check_positive,
+    check_solver,
+    integrate,
+)
 
 __all__ = ["FlowMatchingModel", "VelocityMLP"]
 
@@ -154,24 +159,29 @@ class FlowMatchingModel(nn.Module):
     r"""Tensor-only sampler of a flow-matching policy.
 
     Integrates :math:`da_t/dt = v(a_t, t | x)` from Gaussian noise at flow time
-    0 to an action at flow time 1 with Euler steps, and clips once, after the
-    last one. See `Flow Matching for Generative Modeling
+    0 to an action at flow time 1, and clips once, after the last step. See `Flow
+    Matching for Generative Modeling
     <https://arxiv.org/abs/2210.02747>`_.
 
     Args:
         velocity_network (nn.Module): maps the concatenation of observation,
             action and flow time ``[*B, obs + act + 1]`` to a velocity ``[*B, act]``.
         action_dim (int): size of the action.
-        num_steps (int, optional): Euler steps. Defaults to ``10``.
+        num_steps (int, optional): evaluations of the velocity, at flow times
+            ``k / num_steps``. Defaults to ``10``.
 
     Keyword Args:
+        solver (str, optional): ``"euler"``, a step for each evaluation, or
+            ``"midpoint"``, a step for two, for an even ``num_steps``. May be changed
+            after training. Defaults to ``"euler"``.
         low (float or Tensor, optional): lower bound of the action. Defaults to ``-1.0``.
         high (float or Tensor, optional): upper bound of the action. Defaults to ``1.0``.
 
     Raises:
         ValueError: if ``action_dim`` or ``num_steps`` is not a positive
-            integer, ``low`` is not below ``high``, or the network's output
-            does not have the shape of the action.
+            integer, ``num_steps`` odd for ``"midpoint"``, ``solver`` unknown, ``low``
+            not below ``high``, or the network's output does not have the shape of the
+            action.
 
     Examples:
         >>> import torch
@@ -186,6 +196,7 @@ class FlowMatchingModel(nn.Module):
         action_dim: int,
         num_steps: int = 10,
         *,
+        solver: Literal["euler", "midpoint"] = "euler",
         low: float | Tensor = -1.0,
         high: float | Tensor = 1.0,
     ) -> None:
@@ -193,6 +204,7 @@ class FlowMatchingModel(nn.Module):
         self.velocity_network = velocity_network
         self.action_dim = check_positive("action_dim", action_dim)
         self.num_steps = check_positive("num_steps", num_steps)
+        self.solver = check_solver(solver, num_steps)
         dtype = torch.get_default_dtype()  # NumPy's float64 would spread to the actions
         low, high = (torch.as_tensor(bound).to(dtype) for bound in (low, high))
         for name, bound in (("low", low), ("high", high)):
@@ -230,7 +242,9 @@ class FlowMatchingModel(nn.Module):
         if noise is None:
             shape = (*observation.shape[:-1], self.action_dim)
             noise = torch.randn(shape, dtype=observation.dtype, device=observation.device)
-        action = integrate(
-            lambda action, time: self.velocity(observation, action, time), noise, self.num_steps
-        )
+
+        def velocity(action: Tensor, time: Tensor) -> Tensor:
+            return self.velocity(observation, action, time)
+
+        action = integrate(velocity, noise, self.num_steps, self.solver)
         return action.clamp(self.low.to(action), self.high.to(action))

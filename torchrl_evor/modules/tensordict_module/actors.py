@@ -46,11 +46,15 @@ class FlowMatchingPolicy(TensorDictModule):
         velocity_network (nn.Module): maps the concatenation of observation,
             action and flow time ``[*B, obs + act + 1]`` to a velocity ``[*B, act]``.
         action_dim (int): size of the action.
-        num_steps (int, optional): Euler steps. Defaults to ``10``.
+        num_steps (int, optional): evaluations of the velocity, at flow times
+            ``k / num_steps``. Defaults to ``10``.
         low (float or Tensor, optional): lower bound of the action. Defaults to ``-1.0``.
         high (float or Tensor, optional): upper bound of the action. Defaults to ``1.0``.
 
     Keyword Args:
+        solver (str, optional): ``"euler"``, a step for each evaluation, or
+            ``"midpoint"``, a step for two, for an even ``num_steps``. May be changed
+            after training (``policy.module``). Defaults to ``"euler"``.
         in_keys (NestedKey or list of NestedKey, optional): the observation and, if a
             second key is given, the noise to start from ``[*B, act]``.
             Defaults to ``"observation"``.
@@ -76,10 +80,13 @@ class FlowMatchingPolicy(TensorDictModule):
         low: float | Tensor = -1.0,
         high: float | Tensor = 1.0,
         *,
+        solver: Literal["euler", "midpoint"] = "euler",
         in_keys: NestedKey | list[NestedKey] = "observation",
         out_keys: NestedKey | list[NestedKey] = "action",
     ) -> None:
-        model = FlowMatchingModel(velocity_network, action_dim, num_steps, low=low, high=high)
+        model = FlowMatchingModel(
+            velocity_network, action_dim, num_steps, solver=solver, low=low, high=high
+        )
         super().__init__(model, in_keys=in_keys, out_keys=out_keys)
 
 

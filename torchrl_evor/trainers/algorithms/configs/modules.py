@@ -76,6 +76,7 @@ class FlowMatchingPolicyConfig(_ModuleConfig):
     velocity_network: Any = MISSING
     action_dim: int = MISSING
     num_steps: int = 10
+    solver: str = "euler"
     low: Any = -1.0
     high: Any = 1.0
     in_keys: list[Any] = _list("observation")
