@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from nodes_error import Mixtures
 from torch import Tensor
 
 from torchrl_evor import FlowMatchingPolicy, OGBenchExperienceReplay
@@ -40,13 +41,9 @@ SETTINGS = [
 
 def gaussian_deviation(deviation: float, solver: str, num_steps: int) -> float:
     """Deviation that the flow of a Gaussian policy gives, as a share of the policy's own."""
-
-    def velocity(z: Tensor, time: Tensor) -> Tensor:
-        variance = (1 - time) ** 2 + (time * deviation) ** 2
-        return z * (time * deviation**2 - (1 - time)) / variance
-
-    one = torch.ones(1, dtype=torch.float64)
-    return (integrate(velocity, one, num_steps, solver) / deviation).item()
+    policy = Mixtures([[1.0]], [[0.0]], [[deviation]])
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return (integrate(policy.velocity, one, num_steps, solver) / deviation).item()
 
 
 def energy_distance(first: Tensor, second: Tensor) -> float:
@@ -109,6 +106,25 @@ def time_updates(repeats: int) -> None:
             print(f"  {solver:8} {steps:3}  {median:6.1f}  {medians[0] / median:.2f}")
 
 
+def study_agent(path: Path, num_transitions: int, num_states: int, num_samples: int) -> None:
+    """Prints what :func:`compare` says of the base policy in an agent file."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "sota-implementations" / "evor"))
+    import agents
+
+    content = agents.read(path)
+    data = OGBenchExperienceReplay(
+        f"{content['env']}-singletask-task{content['task']}-v0",
+        source="local",
+        num_transitions=num_transitions,
+        batch_size=num_states,
+    )
+    policy = agents.build({**content, "method": "bc"})
+    rows = compare(policy, data.sample()["observation"], num_samples)
+    print(f"{path}: deviation kept, error in deviations, energy distance")
+    for (solver, steps), row in zip(SETTINGS, rows):
+        print(f"  {solver:8} {steps:3}  " + "  ".join(f"{value:.4f}" for value in row))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--agents", type=Path, nargs="*", default=[], help="agent files of many.py")
@@ -125,22 +141,8 @@ def main() -> None:
     if args.updates:
         torch.set_num_threads(1)
         time_updates(args.updates)
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "sota-implementations" / "evor"))
-    import agents
-
     for path in args.agents:
-        content = agents.read(path)
-        data = OGBenchExperienceReplay(
-            f"{content['env']}-singletask-task{content['task']}-v0",
-            source="local",
-            num_transitions=args.num_transitions,
-            batch_size=args.states,
-        )
-        policy = agents.build({**content, "method": "bc"})
-        rows = compare(policy, data.sample()["observation"], args.samples)
-        print(f"{path}: deviation kept, error in deviations, energy distance")
-        for (solver, steps), row in zip(SETTINGS, rows):
-            print(f"  {solver:8} {steps:3}  " + "  ".join(f"{value:.4f}" for value in row))
+        study_agent(path, args.num_transitions, args.states, args.samples)
 
 
 if __name__ == "__main__":
