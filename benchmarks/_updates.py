@@ -47,6 +47,9 @@ class Shapes:
     candidates: int = 0  # of each next state, kept with the data
 
 
+MAZE = Shapes(observation=2, action=10, hidden=(256,) * 3)  # chunks of five actions
+
+
 def make_buffer(shapes: Shapes, device: torch.device) -> TensorDictReplayBuffer:
     """Replay buffer of random transitions on ``device``, with the data's next actions."""
     rows = shapes.transitions

@@ -239,7 +239,8 @@ def test_proposals_are_compared_with_what_the_data_did(tmp_path, chunk):
     assert 0.13 < distances[-1] < 0.37
 
 
-def test_older_checkpoints_take_defaults(recipe_root, short_run, tmp_path):
+@pytest.mark.parametrize("lacking", ["improved", "improved.num_steps"])
+def test_older_checkpoints_take_defaults(recipe_root, short_run, tmp_path, lacking):
     """Runs from before some options were there can be studied and continued."""
     import checkpoint_io
     import studies
@@ -248,7 +249,11 @@ def test_older_checkpoints_take_defaults(recipe_root, short_run, tmp_path):
     shutil.copytree(short_run[1] / "checkpoint", checkpoint)
     (folder,) = checkpoint.glob("components/*-config")
     saved = json.loads((folder / "value.json").read_text())
-    del saved["chunk_size"], saved["loss"]["improved"]["num_steps"], saved["value"]["num_flows"]
+    *above, last = lacking.split(".")
+    section = saved["loss"]
+    for name in above:
+        section = section[name]
+    del saved["chunk_size"], section[last], saved["value"]["num_flows"]
     (folder / "value.json").write_text(json.dumps(saved))
     (checkpoint / checkpoint_io.SIZES).unlink()  # which the oldest do not have
     trained = studies.load(checkpoint)

@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import _updates  # noqa: E402
 
-SHAPES = _updates.Shapes(observation=2, action=10, hidden=(256,) * 3)
-KEPT = replace(SHAPES, candidates=4)
+KEPT = replace(_updates.MAZE, candidates=4)
 
 
 def evor(shapes: _updates.Shapes, **options) -> _updates.Update:
@@ -40,8 +39,8 @@ def qc(shapes: _updates.Shapes) -> _updates.Update:
 
 def make_updates() -> dict[str, _updates.Update]:
     improved = {"next_action": "improved", "num_candidates": 4}
-    updates = {"the data's next action": evor(SHAPES, next_action="dataset")}
-    for name, shapes in (("drawn", SHAPES), ("kept", KEPT)):
+    updates = {"the data's next action": evor(_updates.MAZE, next_action="dataset")}
+    for name, shapes in (("drawn", _updates.MAZE), ("kept", KEPT)):
         for nodes, steps in ((2, 4), (1, 4), (1, 2), (1, 1)):
             choice = {"num_samples": nodes, "num_steps": steps}
             updates[f"best of 4 {name}, {nodes} nodes, {steps} evaluations"] = evor(

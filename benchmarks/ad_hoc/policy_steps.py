@@ -75,7 +75,7 @@ def compare(policy: FlowMatchingPolicy, observation: Tensor, num_samples: int) -
 
 def time_updates(repeats: int) -> None:
     """Prints median milliseconds of an update, and how many times those of ten Euler steps."""
-    shapes = _updates.Shapes(observation=2, action=10, hidden=(256,) * 3)
+    shapes = _updates.MAZE
     losses = {
         "EVOR, next action of the policy": lambda: _updates.make_evor_loss(shapes),
         "EVOR, best of 4": lambda: _updates.make_evor_loss(shapes, next_action="improved"),

@@ -42,16 +42,14 @@ class SharedCandidates:
     and behind it no candidate counts.
     """
 
-    def _next_candidates(self, tensordict) -> Tensor:
-        if ("next", "candidates") in tensordict.keys(True):
-            return super()._next_candidates(tensordict)
+    def _draw_candidates(self, tensordict) -> Tensor:
         following = tensordict["next", "observation"]
         num_seeds = self.actor_network.module.velocity_network.num_models
         copies = len(following) // num_seeds
         longest = tensordict["steps_to_next_obs"].unflatten(0, (num_seeds, copies)).argmax(1, True)
         states = following.unflatten(0, (num_seeds, copies)).take_along_dim(longest, 1)
         shared = TensorDict(next=TensorDict(observation=states.squeeze(1)))
-        return super()._next_candidates(shared).repeat_interleave(copies, 0)
+        return super()._draw_candidates(shared).repeat_interleave(copies, 0)
 
 
 class StackedQCLoss(SharedCandidates, QCLoss):

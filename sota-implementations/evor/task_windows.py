@@ -85,6 +85,9 @@ class TaskWindows:
             self.next_observation,
             num_candidates,
         )
+        copies = len(self.end) // self.num_seeds
+        seed = torch.arange(self.num_seeds, device=self.end.device)
+        self.seed = seed.repeat_interleave(copies).unsqueeze(1)
 
     def value_batch(self, row: Tensor) -> TensorDict:
         """Windows of every setting at the rows of its seed, ``[M, B]``."""
@@ -99,9 +102,7 @@ class TaskWindows:
             "done": terminated,
         }
         if self.candidates is not None:
-            seed = torch.arange(self.num_seeds, device=end.device)
-            seed = seed.repeat_interleave(len(end) // self.num_seeds).unsqueeze(1)
-            following["candidates"] = self.candidates[seed, end]
+            following["candidates"] = self.candidates[self.seed, end]
         return TensorDict(
             observation=self.observation[row],
             action=gather_chunks(self.action, row, self.chunk_size),

@@ -209,18 +209,19 @@ class FlowPolicyLoss(LossModule):
             return self.actor_network.module(observation)
 
     def _next_candidates(self, tensordict: TensorDictBase) -> Tensor:
-        """``num_candidates`` actions of the base policy at the next state, ``[*B, P, act]``.
-
-        Those of the batch, where it holds them.
-        """
+        """``num_candidates`` actions at the next state, of the batch or drawn, ``[*B, P, act]``."""
         key = unravel_key(("next", self.tensor_keys.candidates))
         kept = tensordict.get(key, None)
-        if kept is not None:
-            *batch, size = tensordict[self.tensor_keys.action].shape
-            shape = (*batch, self.num_candidates, size)
-            if kept.shape != shape:
-                raise ValueError(f"{key!r} must have the shape {shape}, got {tuple(kept.shape)}.")
-            return kept
+        if kept is None:
+            return self._draw_candidates(tensordict)
+        *batch, size = tensordict[self.tensor_keys.action].shape
+        shape = (*batch, self.num_candidates, size)
+        if kept.shape != shape:
+            raise ValueError(f"{key!r} must have the shape {shape}, got {tuple(kept.shape)}.")
+        return kept
+
+    def _draw_candidates(self, tensordict: TensorDictBase) -> Tensor:
+        """``num_candidates`` actions of the base policy at the next state, ``[*B, P, act]``."""
         observation = tensordict[unravel_key(("next", self._actor_observation))]
         rows = (*observation.shape[:-1], self.num_candidates, observation.shape[-1])
         with self._swap("actor_network"):

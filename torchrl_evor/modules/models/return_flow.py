@@ -313,8 +313,8 @@ class ReturnFlow(ReturnModel):
                 raise RuntimeError(f"backend='triton' is not available: {reason}.")
             values = self._values(observation, candidates, tau_r, num_samples, nodes, num_steps)
             return self._choose(candidates, values, tau_q, gumbel)
-        choice = {"tau_r": tau_r, "tau_q": tau_q, "backend": backend, "precision": precision}
-        choice["num_steps"] = num_steps
+        choice = {"tau_r": tau_r, "tau_q": tau_q, "num_steps": num_steps}
+        choice |= {"backend": backend, "precision": precision}
         return self._select_fused(observation, candidates, gumbel, num_samples, nodes, **choice)
 
     def _select_fused(
