@@ -549,9 +549,11 @@ def test_stitch_study(root):
         "actor.num_samples=1",
         "baseline.num_candidates=2",
         "loss.improved.num_candidates=2",
+        "+variants.kept={method:evor,loss:{next_action:improved,keep_candidates:true}}",
         "device=cpu",
     )
-    rows = check_outputs(root, "stitch", "pointmaze-medium-stitch", 12)
+    rows = check_outputs(root, "stitch", "pointmaze-medium-stitch", 14)
+    assert ["keep_candidates=True" in r["settings"] for r in rows] == [False] * 12 + [True] * 2
     seconds = [float(r["train_seconds"]) for r in rows if r["method"] == "improved"]
     assert len(seconds) == 2 and 0 < seconds[0] < seconds[1]
 

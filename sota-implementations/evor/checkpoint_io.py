@@ -106,7 +106,8 @@ def load_progress(cfg: DictConfig) -> dict:
         raise ValueError(f"resume={cfg.resume!r} is no checkpoint of a recipe: {error}") from error
     now = OmegaConf.to_container(cfg, resolve=True)
     for config in (then, now):
-        if config["optim"]["schedule"] == "constant":  # which knows no end, and may be extended
+        # What knows no end may be extended.
+        if config["optim"]["schedule"] == "constant" and not config["loss"]["keep_candidates"]:
             config["optim"] = {**config["optim"], "num_updates": None}
     for group in IDENTITY:
         if then.get(group) != now.get(group):

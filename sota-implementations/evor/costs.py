@@ -126,6 +126,8 @@ def main(cfg: DictConfig) -> None:
     checks.check_options(cfg)
     for name in ("observation_dim", "action_dim", "updates", "decisions", "states"):
         check_positive(name, cfg[name])
+    if cfg.loss.keep_candidates:
+        raise ValueError("loss.keep_candidates must be false: random batches hold no candidates.")
     config, rows = OmegaConf.to_container(cfg, resolve=True), []
     for method in tqdm(cfg.methods, unit="method"):
         # A process for each, or one would begin with the memory of the last.

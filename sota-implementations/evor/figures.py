@@ -42,12 +42,14 @@ def save(figure, path: Path, **options) -> None:
 def learning_curve(history: dict[str, list[dict]], path: Path) -> None:
     """Losses and success against updates."""
     figure, (losses, success) = plt.subplots(1, 2, figsize=(9, 3.2))
-    steps = [row["step"] for row in history["train"]]
-    names = [name for name in (history["train"] or [{}])[0] if name.startswith("loss")]
-    curves = {name: [row[name] for row in history["train"]] for name in names}
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in history["train"]:
+        for name in row:
+            if name.startswith("loss"):
+                curves.setdefault(name, []).append((row["step"], row[name]))
     for name, curve in curves.items():
-        losses.plot(steps, curve, label=LABELS.get(name, name))
-    positive = all(value > 0 for curve in curves.values() for value in curve)
+        losses.plot(*zip(*curve), label=LABELS.get(name, name))
+    positive = all(value > 0 for curve in curves.values() for _, value in curve)
     losses.set(xlabel="updates", ylabel="loss", yscale="log" if positive else "linear")
     if curves:  # a run shorter than the log interval has none
         losses.legend(frameon=False)

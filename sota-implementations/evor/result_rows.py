@@ -36,7 +36,7 @@ def append_result(
         "method": run_name(cfg, method),
         "seed": cfg.seed,
         "protocol": cfg.protocol,
-        "num_updates": run.step,
+        "num_updates": run.step // (1 + cfg.loss.keep_candidates),  # of each network
         "num_transitions": len(data.transitions),
         "n_step": cfg.data.n_step,
         "hidden": "x".join(map(str, cfg.value.hidden_sizes)),
@@ -75,11 +75,14 @@ def training_settings(cfg: DictConfig, origin: str) -> dict[str, object]:
         "value_steps": cfg.value.num_steps,
         "value_solver": cfg.value.solver,
         "td_target": cfg.loss.td_target,
-        "next_action": results_io.next_action_text(cfg.loss.next_action, cfg.loss.improved),
+        "next_action": results_io.next_action_text(
+            cfg.loss.next_action, cfg.loss.improved, cfg.loss.keep_candidates
+        ),
         "bound_returns": cfg.loss.bound_returns,
     }
     baseline = dict(cfg.get("baseline", {}))
-    baseline["next_candidates"] = baseline.pop("num_candidates", None)
+    kept = "(kept)" * cfg.loss.keep_candidates
+    baseline["next_candidates"] = f"{baseline.pop('num_candidates', None)}{kept}"
     return {**settings, **baseline}
 
 

@@ -56,27 +56,37 @@ def train(
     actor: TensorDictModuleBase,
 ) -> Run:
     """All updates that are left, with logs, checkpoints and evaluations along the way."""
-    scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
-    update = utils.make_update(cfg, loss, updater, optimizer, scheduler)
+    phases, num_updates = utils.make_phases(cfg, loss), cfg.optim.num_updates
+    schedule = (cfg.optim.schedule, num_updates, len(phases))
+    scheduler = utils.make_scheduler(optimizer, *schedule)
     modules = {"loss": loss, "updater": updater, "optimizer": optimizer, "scheduler": scheduler}
     run = Run(cfg, output, **modules)
     run.resume()
     device = next(actor.parameters()).device
     reset_peak_memory(device)
-    with tqdm(total=cfg.optim.num_updates, initial=run.step, unit="update") as bar:
-        while run.step < cfg.optim.num_updates:
-            with timeit("sample"):
-                batch = data.sample().to(device)
-            with timeit("update"):
-                run.add(update(batch))
-            bar.update()
-            if run.due(cfg.logger.interval):
-                bar.set_postfix(run.log_losses())
-            if run.due(cfg.checkpoint.interval):
-                run.save()
-            if run.due(cfg.eval.interval) and run.step < cfg.optim.num_updates:
-                episodes = utils.evaluate(cfg, actor, cfg.eval.episodes)
-                bar.write(run.log_episodes(episodes))
+    last = len(phases) * num_updates
+    with tqdm(total=last, initial=run.step, unit="update") as bar:
+        for phase, losses in enumerate(phases, 1):
+            update = utils.make_update(cfg, losses, updater, optimizer, scheduler)
+            end = phase * num_updates
+            if phase == 2 and run.step < end:
+                run.log_losses()
+                bar.write(f"drawing candidates at each of {len(data.transitions)} states")
+                utils.keep_candidates(cfg, data, actor.policy, loss.num_candidates)
+            while run.step < end:
+                with timeit("sample"):
+                    batch = data.sample().to(device)
+                with timeit("update"):
+                    run.add(update(batch))
+                bar.update()
+                if run.due(cfg.logger.interval):
+                    bar.set_postfix(run.log_losses())
+                if run.due(cfg.checkpoint.interval):
+                    run.save()
+                # Before the last phase there is no value to choose by.
+                if run.due(cfg.eval.interval) and last - num_updates < run.step < last:
+                    episodes = utils.evaluate(cfg, actor, cfg.eval.episodes)
+                    bar.write(run.log_episodes(episodes))
     run.save()
     return run
 
@@ -134,7 +144,9 @@ class Run:
         self._sum = losses if self._sum is None else self._sum + losses
 
     def log_losses(self) -> dict[str, float]:
-        """Logs the mean losses of the updates since the last call."""
+        """Logs the mean losses of the updates since the last call, if there are any."""
+        if self._sum is None:
+            return {}
         row = {name: value.item() / self._count for name, value in self._sum.items()}
         self._sum, self._count = None, 0
         self._log("train", row)

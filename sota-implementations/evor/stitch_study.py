@@ -56,14 +56,22 @@ def run(name: str, cfg: DictConfig, path: Path, device: torch.device) -> None:
     data = utils.make_data(cfg)
     sizes = train_baseline.make_sizes(cfg, data)
     loss, actor, optimizer, updater = train_baseline.make_agent(cfg, sizes, device)
-    scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, cfg.optim.num_updates)
-    update = utils.make_update(cfg, loss, updater, optimizer, scheduler)
-    seconds = 0.0
-    for end in range(cfg.eval.interval, cfg.optim.num_updates + 1, cfg.eval.interval):
+    phases, num_updates = utils.make_phases(cfg, loss), cfg.optim.num_updates
+    scheduler = utils.make_scheduler(optimizer, cfg.optim.schedule, num_updates, len(phases))
+    *before, last = (
+        utils.make_update(cfg, losses, updater, optimizer, scheduler) for losses in phases
+    )
+    start = time.perf_counter()
+    for update in before:
+        for _ in trange(num_updates, unit="update", desc=f"{name}, policy"):
+            update(data.sample().to(device))
+        utils.keep_candidates(cfg, data, actor.policy, loss.num_candidates)
+    seconds = time.perf_counter() - start
+    for end in range(cfg.eval.interval, num_updates + 1, cfg.eval.interval):
         start = time.perf_counter()
         for _ in trange(cfg.eval.interval, unit="update", desc=name):
-            losses = update(data.sample().to(device))
-        losses["loss_actor"].item()  # waits for the device
+            losses = last(data.sample().to(device))
+        next(iter(losses.values())).item()  # waits for the device
         seconds += time.perf_counter() - start
         episodes = utils.evaluate(cfg, actor, cfg.eval.final_episodes, progress=True)
         label = {
@@ -108,6 +116,8 @@ def settings(cfg: DictConfig) -> str:
     if cfg.loss.next_action == "improved":
         improved = cfg.loss.improved.items()
         parts.update({f"improved.{name}": value for name, value in improved if value is not None})
+    if cfg.loss.keep_candidates:
+        parts["keep_candidates"] = True
     return " ".join(f"{name}={value}" for name, value in parts.items())
 
 

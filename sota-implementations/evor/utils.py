@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import checkpoint_io
 import checks
 import torch
 from omegaconf import DictConfig, OmegaConf
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -78,6 +78,12 @@ def check_config(cfg: DictConfig) -> None:
     check_choice("optim.schedule", cfg.optim.schedule, SCHEDULES)
     check_spread("data.observation_spread", cfg.data.observation_spread)
     check_spread("value.observation_spread", value_spread(cfg))
+    chosen = {"evor": cfg.loss.next_action == "improved", "qc": True}
+    if cfg.loss.keep_candidates and not chosen.get(cfg.get("method", "evor")):
+        raise ValueError(
+            "loss.keep_candidates must be false without loss.next_action=improved or method=qc, "
+            "which alone choose among candidates at the next state."
+        )
     _check_options(cfg)
     if cfg.resume is not None:
         if not Checkpoint.is_checkpoint(cfg.resume):
@@ -241,17 +247,63 @@ def make_loss(
     return loss, SoftUpdate(loss, tau=cfg.loss.tau), optimizer
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, num_updates: int) -> LambdaLR:
-    """Learning rate over the updates: ``"constant"``, or ``"cosine"``, which ends at 0."""
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, schedule: str, num_updates: int, num_phases: int = 1
+) -> LambdaLR:
+    """Learning rate over a phase's updates: ``"constant"``, or ``"cosine"``, which ends at 0."""
+
+    def progress(step: int) -> float:
+        phase = min(step // num_updates, num_phases - 1)
+        return min(step / num_updates - phase, 1.0)
+
     factors = {
         "constant": lambda step: 1.0,
-        "cosine": lambda step: 0.5 + 0.5 * math.cos(math.pi * min(step / num_updates, 1.0)),
+        "cosine": lambda step: 0.5 + 0.5 * math.cos(math.pi * progress(step)),
     }
     return LambdaLR(optimizer, factors[schedule])
 
 
+def make_phases(cfg: DictConfig, loss: LossModule) -> list[Callable[[TensorDictBase], TensorDict]]:
+    """Losses of a batch that a run minimises, one phase after the other.
+
+    All at once or, where candidates of a trained policy are kept, those of the policy first.
+    """
+    if not cfg.loss.keep_candidates:
+        return [loss]
+    flow = isinstance(loss, EVORLoss)
+    name, regression = ("value", loss.value_loss) if flow else ("qvalue", loss.qvalue_loss)
+
+    def policy_losses(batch: TensorDictBase) -> TensorDict:
+        return TensorDict(loss_actor=loss.actor_loss(batch)[0])
+
+    def value_losses(batch: TensorDictBase) -> TensorDict:
+        value, metadata = regression(batch)
+        del metadata["td_error"]  # of each row
+        return TensorDict({f"loss_{name}": value, **metadata})
+
+    return [policy_losses, value_losses]
+
+
+def keep_candidates(
+    cfg: DictConfig, data: OGBenchExperienceReplay, policy: FlowMatchingPolicy, num_candidates: int
+) -> None:
+    """Draws the policy's candidates at every next state, the same ones if a run is continued."""
+    device = next(policy.parameters()).device
+
+    def sample(observation: Tensor) -> Tensor:
+        return policy.module(observation.to(device)).to(observation.device)
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(cfg.seed)
+        data.keep_candidates(sample, num_candidates)
+
+
 def make_update(
-    cfg: DictConfig, loss: LossModule, updater: SoftUpdate | None, optimizer, scheduler
+    cfg: DictConfig,
+    loss: Callable[[TensorDictBase], TensorDictBase],
+    updater: SoftUpdate | None,
+    optimizer,
+    scheduler,
 ):
     """One gradient step, on the sum of all losses, as a function of the batch."""
     compute_loss = torch.compile(loss) if cfg.compile else loss
