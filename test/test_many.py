@@ -195,7 +195,6 @@ def test_many_improves_each_task_by_its_own_law():
     [
         (["next_action=policy"], "next_action must be one of .*, got 'policy'"),
         (["next_action=improved", "n_steps=[2,4]"], r"n_steps must be one .*, got \[2, 4\]"),
-        (["methods=[bc]"], "methods must name one besides 'bc'"),
         (["policy_solver=heun"], "solver must be one of .*, got 'heun'"),
         (["value_solver=midpoint", "value_steps=3"], "num_steps must be even .*, got 3"),
         (["methods=[evor,bc]", "policies=x"], "must be without 'bc' where policies are kept"),
@@ -247,9 +246,11 @@ def test_many_bad_input(options, message):
         many.check_config(cfg)
 
 
-@pytest.mark.parametrize("options", [["methods=[bc]", "evaluate=x"], ["eval.episodes=0"]])
+@pytest.mark.parametrize(
+    "options", [["methods=[bc]", "evaluate=x"], ["methods=[bc]"], ["eval.episodes=0"]]
+)
 def test_many_good_input(options, monkeypatch):
-    """Cloned policies may be evaluated alone; who does not evaluate needs no OGBench."""
+    """Cloned policies may be alone; who does not evaluate needs no OGBench."""
     import many
     from hydra import compose, initialize_config_dir
 
@@ -312,6 +313,24 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(recipe_root, short_run, 
         program(f"policies={tmp_path}", "lr=0.5")
     flow = program(f"policies={tmp_path}", "policy_steps=4", "policy_solver=midpoint").policy.module
     assert (flow.num_steps, flow.solver) == (4, "midpoint")
+
+
+def test_many_trains_base_policies_alone(recipe_root, short_run, tmp_path):
+    """For values of later runs."""
+    import agents
+
+    options = [f"data.root={recipe_root / 'data'}", *SMALL_MANY, "seeds=[0,1]", "tasks=[1]"]
+    first = make_program(*options, "methods=[bc]")
+    before = [p.clone() for p in first.policy.parameters()]
+    first.update()
+    trained = list(first.policy.parameters())
+    assert len(trained) == 6 and not any(map(torch.equal, before, trained))
+    assert first.metrics.shape == (1,) and first.metrics > 0
+    for setting, agent in first.agents("bc"):
+        agents.save(tmp_path, TASK, "bc", setting, agent, first, 60.0)
+    second = make_program(*options, "methods=[scalar]", f"policies={tmp_path}")
+    for one, other in zip(trained, second.policy.parameters()):
+        assert torch.equal(one, other)
 
 
 def test_many_keeps_candidates(recipe_root, short_run, tmp_path, monkeypatch):

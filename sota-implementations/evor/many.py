@@ -73,10 +73,7 @@ def _check_training(cfg: DictConfig) -> None:
         check_solver(cfg[f"{name}_solver"], cfg[f"{name}_steps"])
     utils.check_spread("data.observation_spread", cfg.data.observation_spread)
     utils.check_spread("value_spread", cfg.value_spread)
-    learning = [method for method in cfg.methods if method != "bc"]
-    if not learning:
-        raise ValueError("methods must name one besides 'bc', which has no value network.")
-    for method in learning:
+    for method in (method for method in cfg.methods if method != "bc"):
         check_positive(f"num_critics.{method}", cfg.num_critics[method])
     if cfg.next_action == "improved" and len(cfg.n_steps) > 1:
         raise ValueError(f"n_steps must be one for next_action=improved, got {cfg.n_steps}.")

@@ -87,9 +87,11 @@ class Program:
         self.value_units = utils.input_units(cfg.value_spread, replay)
         self.policy = self._make_policy()
         self.candidate_seconds = self._keep_candidates() if cfg.keep_candidates else 0.0
-        # Behaviour cloning is the base policy, which the losses of all others train.
-        learning = [method for method in cfg.methods if method != "bc"]
-        self.losses = {method: self._make_loss(method).to(device) for method in learning}
+        valued = [method for method in cfg.methods if method != "bc"]
+        self.losses = {method: self._make_loss(method).to(device) for method in valued}
+        # Behaviour cloning is the base policy, which any of the losses trains, or one of its own.
+        alone = baselines.FlowBCLoss(self.policy, reduction="none").to(device)
+        self.policy_loss = next(iter(self.losses.values()), alone)
         self.updaters = [SoftUpdate(loss, tau=cfg.tau) for loss in self.losses.values()]
         self.optimizer = self._make_optimizer()
         self.scheduler = utils.make_scheduler(self.optimizer, cfg.schedule, cfg.num_updates)
@@ -120,7 +122,10 @@ class Program:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         parameters = dict.fromkeys(
-            p for loss in self.losses.values() for p in loss.parameters() if p.requires_grad
+            parameter
+            for loss in (self.policy_loss, *self.losses.values())
+            for parameter in loss.parameters()
+            if parameter.requires_grad
         )
         on_cuda = self.device.type == "cuda"
         # A graph reads the learning rate from a tensor, which the scheduler fills.
@@ -240,7 +245,7 @@ class Program:
         terms = []
         if self.cfg.policies is None:
             batch = self._first_windows.policy_batch(row)
-            terms.append(self._first_loss.actor_loss(batch)[0])
+            terms.append(self.policy_loss.actor_loss(batch)[0])
         for method, loss in self.losses.items():
             regression = loss.value_loss if method == "evor" else loss.qvalue_loss
             terms.append(regression(self.windows[method].value_batch(row))[0])
@@ -280,10 +285,6 @@ class Program:
     @property
     def _first_windows(self) -> TaskWindows:
         return next(iter(self.windows.values()))
-
-    @property
-    def _first_loss(self) -> torch.nn.Module:
-        return next(iter(self.losses.values()))
 
     def update(self) -> None:
         """One gradient step of every network; asynchronous on CUDA."""
