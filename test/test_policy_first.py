@@ -72,7 +72,8 @@ class Agent:
 def test_the_value_is_trained_over_candidates_of_the_finished_policy(
     recipe_root, tmp_path, monkeypatch
 ):
-    agent = Agent(recipe_root, tmp_path)
+    evaluations = ["eval.interval=2", "eval.episodes=1", "eval.num_envs=1"]
+    agent = Agent(recipe_root, tmp_path, "optim.schedule=cosine", *evaluations)
     trained = agent.train(monkeypatch)
     assert trained.step == 2 * UPDATES
     held = [("next", "candidates") in batch.keys(True) for batch in agent.batches]
@@ -89,6 +90,8 @@ def test_the_value_is_trained_over_candidates_of_the_finished_policy(
     assert changed["value"] == [False] * UPDATES + [True] * (UPDATES - 1)
     losses = [{n for n in row if n.startswith("loss")} for row in trained.history["train"]]
     assert losses == [{"loss_actor"}] * 2 + [{"loss_value"}] * 2
+    # Not after 2 and 4 updates, when there was no value to choose by.
+    assert [row["step"] for row in trained.history["eval"]] == [6]
 
 
 @pytest.mark.parametrize("stop", [3, 6])  # in either phase
