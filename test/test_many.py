@@ -201,9 +201,10 @@ def test_many_improves_each_task_by_its_own_law():
         (["keep_candidates=true"], r"keep_candidates must be false unless .* \(policies\)"),
         (["keep_candidates=true", "policies=x"], "keep_candidates must be false without qc or"),
         (["improved.num_steps=0"], "improved.num_steps must be an integer of at least 1, got 0"),
-        (
-            ["improved.num_steps=3", "value_solver=midpoint"],
-            "num_steps must be even .*, got 3",
+        (["actor.num_steps=0"], "num_steps must be an integer of at least 1, got 0"),
+        *(
+            ([f"{name}.num_steps=3", "value_solver=midpoint"], "num_steps must be even .*, got 3")
+            for name in ("improved", "actor")
         ),
         (["methods=[evr]"], "methods must be one of .*, got 'evr'"),
         (["methods=[evor,evor]"], r"methods must hold .* none twice, got \['evor', 'evor'\]"),

@@ -169,6 +169,22 @@ class TestReading:
         (root / ENV / "study.csv").rename(root / ENV / "_study.csv")  # left alone
         assert len(results_io.read_rows(root)) == 1
 
+    def test_files_from_before_a_column(self, root):
+        """Are read, and written with it when a row is added."""
+        add(root, seed=0)
+        path = root / ENV / "evor.csv"
+        lines = [line.split(",") for line in path.read_text().splitlines()]
+        place = lines[0].index("num_steps")
+        older = [",".join(line[:place] + line[place + 1 :]) for line in lines]
+        path.write_text("\n".join(older) + "\n")
+        assert results_io.read_rows(root)[0].num_steps is None
+        add(root, seed=0, num_steps=1)  # another setting
+        add(root, seed=0, num_steps=1)
+        assert [row.num_steps for row in results_io.read_rows(root)] == [None, 1]
+        path.write_text("\n".join([older[0], older[1] + ",1"]))
+        with pytest.raises(ValueError, match="line 2: expected 26 values"):
+            results_io.read_rows(root)
+
     def test_rows_of_another_method(self, root):
         add(root, method="bc")
         (root / ENV / "bc.csv").rename(root / ENV / "iql.csv")
@@ -205,7 +221,7 @@ class TestReading:
         with pytest.raises(ValueError, match=r"evor.csv, line 3: .*half"):
             results_io.read_rows(root)
         path.write_text("\n".join([*lines[:2], "a,b"]))
-        with pytest.raises(ValueError, match="line 3: expected 26 values"):
+        with pytest.raises(ValueError, match="line 3: expected 27 values"):
             results_io.read_rows(root)
 
     def test_duplicates(self, root):

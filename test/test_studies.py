@@ -329,7 +329,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             inference_study.make_sweep(config("inference_study", *overrides), trained)
 
-    @pytest.mark.parametrize("study", ["samples", "tau_r"])
+    @pytest.mark.parametrize("study", ["samples", "tau_r", "value_steps"])
     def test_a_scalar_critic_has_no_nodes(self, tmp_path, study):
         trained = studies.load(agent_file(tmp_path, method="scalar"))
         with pytest.raises(ValueError, match="needs the reward-to-go flow .* method 'scalar-x2'"):
@@ -428,6 +428,14 @@ def test_sweep_changes_one_option_only(tmp_path):
     assert [actor.tau_r for _, actor in sweep] == list(cfg.grids.tau_r)
     assert {actor.num_candidates for _, actor in sweep} == {32}
     assert all(actor.returns is trained.returns for _, actor in sweep)
+
+
+def test_sweep_of_the_values_steps(tmp_path):
+    trained = studies.load(agent_file(tmp_path))
+    sweep = inference_study.make_sweep(config("inference_study", "study=value_steps"), trained)
+    assert [(options["num_steps"], actor.num_steps) for options, actor in sweep] == [
+        *((n, n) for n in (1, 2, 4, 8, 16))
+    ]
 
 
 def test_sweep_of_steps_leaves_the_trained_policy_alone(tmp_path):

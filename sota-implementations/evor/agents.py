@@ -332,11 +332,12 @@ def evaluate_file(
 
 def evaluate_all(cfg: DictConfig, files: dict[Path, str], device) -> None:
     """Evaluates agents, by file their method, in parallel processes and records the rows."""
-    # A temperature of the reward-to-go says something to laws only.
+    # A temperature of the reward-to-go says something to laws only, steps to flows.
     jobs = [
-        (path, {**cfg.actor, "tau_r": float(tau)})
+        (path, {**cfg.actor, "tau_r": float(tau), "num_steps": steps})
         for path, method in files.items()
         for tau in (cfg.tau_rs if method in baselines.LAWS else [math.inf])
+        for steps in [cfg.actor.num_steps if method == "evor" else None]
     ]
     processes = cfg.eval.processes or len(os.sched_getaffinity(0))
     evaluation = cfg.eval.episodes, cfg.eval.num_envs, cfg.eval.seed

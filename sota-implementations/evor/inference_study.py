@@ -35,6 +35,7 @@ SWEPT = {
     "tau_q": "tau_q",
     "tau_r": "tau_r",
     "steps": "policy_steps",
+    "value_steps": "num_steps",
 }
 
 
@@ -42,7 +43,7 @@ def make_sweep(cfg: DictConfig, trained: studies.Trained) -> list[tuple[dict, ob
     """Options and actor of every value; all are checked before the first one acts."""
     if cfg.study not in SWEPT:
         raise ValueError(f"study must be one of {', '.join(SWEPT)}, got {cfg.study!r}.")
-    if cfg.study in ("samples", "tau_r"):
+    if cfg.study in ("samples", "tau_r", "value_steps"):
         studies.needs_flow(trained, cfg.study)
     values = cfg.grids[cfg.study] if cfg["values"] is None else cfg["values"]
     base = OmegaConf.to_container(cfg.actor)

@@ -77,10 +77,10 @@ def _check_training(cfg: DictConfig) -> None:
         check_positive(f"num_critics.{method}", cfg.num_critics[method])
     if cfg.next_action == "improved" and len(cfg.n_steps) > 1:
         raise ValueError(f"n_steps must be one for next_action=improved, got {cfg.n_steps}.")
-    if cfg.improved.num_steps is not None:
-        check_positive("improved.num_steps", cfg.improved.num_steps)
-        if cfg.improved.num_steps > 1:
-            check_solver(cfg.value_solver, cfg.improved.num_steps)
+    for name in ("improved.num_steps", "actor.num_steps"):
+        num_steps = OmegaConf.select(cfg, name)
+        if num_steps is not None and check_positive(name, num_steps) > 1:
+            check_solver(cfg.value_solver, num_steps)
     if cfg.keep_candidates:
         _check_kept_candidates(cfg)
     if cfg.policies is not None and "bc" in cfg.methods:

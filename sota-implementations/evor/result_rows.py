@@ -52,7 +52,7 @@ def append_result(
     if method == "bc":  # as many.py says it: nothing of values plays a part
         row |= {"hidden": "x".join(map(str, cfg.policy.hidden_sizes)), "n_step": 1}
     if hasattr(actor, "num_candidates"):
-        settings = ("num_candidates", "num_samples", "nodes", "tau_r", "tau_q")
+        settings = ("num_candidates", "num_samples", "nodes", "num_steps", "tau_r", "tau_q")
         row.update({name: cfg.actor[name] for name in settings})
     results_io.append_row(Path(cfg.results_dir) / cfg.env.name / f"{row['method']}.csv", row)
 

@@ -44,6 +44,7 @@ class ResultRow:
         num_candidates (int, optional): candidates per decision.
         num_samples (int, optional): reward-to-go nodes per candidate.
         nodes (str, optional): how they are placed: ``stratified``, ``gauss_hermite``, ``random``.
+        num_steps (int, optional): evaluations of the flow for each, where not those of training.
         tau_r (float, optional): temperature of the reward-to-go average, reward units.
         tau_q (float, optional): temperature of the choice among candidates, reward units.
         training (str, optional): what else the training depends on, ``name=value`` each, see
@@ -73,6 +74,7 @@ class ResultRow:
     num_candidates: int | None = None
     num_samples: int | None = None
     nodes: str | None = None
+    num_steps: int | None = None
     tau_r: float | None = None
     tau_q: float | None = None
     training: str | None = None
@@ -100,6 +102,7 @@ class ResultRow:
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(ResultRow))
+LATER = {"num_steps"}  # columns that older files do not have
 # What has to agree before rows of one method may be averaged.
 SETTINGS = (
     "protocol",
@@ -113,6 +116,7 @@ SETTINGS = (
     "num_candidates",
     "num_samples",
     "nodes",
+    "num_steps",
     "tau_r",
     "tau_q",
     "training",
@@ -278,7 +282,8 @@ def read_file(path: str | Path) -> list[ResultRow]:
     """The rows of one file, checked."""
     with open_csv(path) as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        names = tuple(reader.fieldnames or ())
+        if names != tuple(name for name in COLUMNS if name in names or name not in LATER):
             raise ValueError(
                 f"{path} must have the columns {','.join(COLUMNS)}, got {reader.fieldnames}."
             )
@@ -302,9 +307,10 @@ def open_csv(path: str | Path) -> Iterator[io.TextIOBase]:
 
 def _parse(path: str | Path, line: int, record: dict) -> ResultRow:
     if None in record or None in record.values():
-        raise ValueError(f"{path}, line {line}: expected {len(COLUMNS)} values.")
+        columns = [name for name in record if name is not None]
+        raise ValueError(f"{path}, line {line}: expected {len(columns)} values.")
     try:
-        return ResultRow(**{column: parse_value(column, record[column]) for column in COLUMNS})
+        return ResultRow(**{column: parse_value(column, text) for column, text in record.items()})
     except ValueError as error:
         raise ValueError(f"{path}, line {line}: {error}") from error
 

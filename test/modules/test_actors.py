@@ -4,6 +4,8 @@
 # LICENSE file in the root directory of this source tree.
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torchrl_evor.triton_kernels as triton_kernels
@@ -20,9 +22,11 @@ from torchrl_evor import (
     EVORActor,
     FlowMatchingPolicy,
     ReturnFlow,
+    ScalarCritic,
     StackedVelocityMLP,
     VelocityMLP,
 )
+from torchrl_evor.modules.functional import stratified_normal
 from torchrl_evor.modules.models import return_flow
 
 GREEDY = [ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN]
@@ -197,6 +201,24 @@ class TestCandidates:
         )
         values = actor(observations(4))["candidate_values"]
         assert (values == values[:, :1]).all() == (nodes != "random")
+
+    @pytest.mark.parametrize("solver", ["euler", "midpoint"])
+    def test_steps(self, solver):
+        """Are the flow's own, or those asked for; one ends where the first velocity points."""
+        actor = make_actor(return_candidates=True, num_steps=1)
+        returns = ReturnFlow(actor.returns.members[0], num_steps=4, solver=solver, scale=3.0)
+        for num_steps in (None, 1, 2):
+            actor = EVORActor(actor.policy, returns, num_steps=num_steps, return_candidates=True)
+            data = actor(observations(3))
+            pairs = data["observation"].unsqueeze(-2), data["candidates"]
+            expected = returns.q_star(*pairs, math.inf, 16, num_steps=num_steps)
+            torch.testing.assert_close(data["candidate_values"], expected)
+            if num_steps == 1:
+                noise = stratified_normal(16)[:, None]
+                start = [x.expand(3, 32, -1).unsqueeze(-2).expand(-1, -1, 16, -1) for x in pairs]
+                z = noise.expand(3, 32, -1, -1)
+                mean = (z + returns.velocity(*start, z, torch.zeros_like(z))).mean((-2, -1))
+                torch.testing.assert_close(data["candidate_values"], 3 * mean)
 
 
 class TestAnyPolicy:
@@ -517,11 +539,21 @@ class TestBadInput:
             ({"nodes": "sobol"}, "nodes must be one of .*stratified.*, got 'sobol'"),
             ({"backend": "cuda"}, "backend must be one of .*triton.*, got 'cuda'"),
             ({"precision": "fp8"}, "precision must be one of .*fp16.*, got 'fp8'"),
+            ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
         ],
     )
     def test_options(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             make_actor(**kwargs)
+
+    def test_steps_of_what_takes_none(self):
+        actor = make_actor()
+        midpoint = ReturnFlow(actor.returns.members[0], num_steps=4, solver="midpoint")
+        with pytest.raises(ValueError, match="num_steps must be even .*, got 3"):
+            EVORActor(actor.policy, midpoint, num_steps=3)
+        critic = ScalarCritic(VelocityMLP(2 + 2, hidden_sizes=(4,)))
+        with pytest.raises(ValueError, match="num_steps must be None for ScalarCritic, .* got 1"):
+            EVORActor(actor.policy, critic, num_steps=1)
 
 
 if __name__ == "__main__":

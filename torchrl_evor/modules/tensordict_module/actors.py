@@ -119,6 +119,10 @@ class EVORActor(TensorDictModuleBase):
         nodes (str, optional): ``"stratified"`` (quantiles shared by all
             candidates), ``"gauss_hermite"`` (weighted, for a small ``tau_r``) or
             ``"random"`` (the paper's). Defaults to ``"stratified"``.
+        num_steps (int, optional): evaluations of the flow for each node. With ``1`` a
+            node ends at the mean whatever ``tau_r`` is, as a regression has learnt it
+            and without an integration's error, which is larger where actions
+            differ by little. Defaults to ``None``, those of ``returns``.
         backend (str, optional): ``"torch"``, ``"triton"`` or ``"auto"``, the
             fastest measured choice for the device; PyTorch where none has been
             measured. Defaults to ``"auto"``.
@@ -148,7 +152,8 @@ class EVORActor(TensorDictModuleBase):
 
     Raises:
         ValueError: if a count is below 1, a temperature negative, ``nodes``,
-            ``backend`` or ``precision`` unknown, the policy does not write the
+            ``backend`` or ``precision`` unknown, ``num_steps`` given for values that
+            are no flow or odd for a midpoint one, the policy does not write the
             action that ``returns`` reads, it writes a state of its own for
             the next step, or a flow within a sequence reads its noise.
 
@@ -173,6 +178,7 @@ class EVORActor(TensorDictModuleBase):
         tau_r: float = math.inf,
         tau_q: float = 0.0,
         nodes: Literal["stratified", "gauss_hermite", "random"] = "stratified",
+        num_steps: int | None = None,
         backend: Literal["auto", "torch", "triton"] = "auto",
         precision: Literal["fp16", "bf16", "tf32", "tf32x3", "ieee"] | None = None,
         return_candidates: bool = False,
@@ -189,6 +195,7 @@ class EVORActor(TensorDictModuleBase):
         self.tau_r = check_temperature("tau_r", tau_r)
         self.tau_q = check_temperature("tau_q", tau_q)
         self.nodes = check_choice("nodes", nodes, NODES)
+        self.num_steps = _check_steps(returns, num_steps)
         self.backend = check_choice("backend", backend, ("auto", "torch", "triton"))
         self.precision = check_precision(precision)
         self.return_candidates = return_candidates
@@ -240,6 +247,8 @@ class EVORActor(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the chosen action ``[*B, act]`` and its value ``[*B, 1]``."""
         candidates = self.candidates(tensordict)
+        # Values that are no flow take no steps.
+        steps = {} if self.num_steps is None else {"num_steps": self.num_steps}
         action, value, values = self.returns.select(
             tensordict[self.returns.in_keys[0]],
             candidates,
@@ -247,6 +256,7 @@ class EVORActor(TensorDictModuleBase):
             tau_q=0.0 if exploration_type() in ARGMAX_MODES else self.tau_q,
             num_samples=self.num_samples,
             nodes=self.nodes,
+            **steps,
             backend=self.backend,
             precision=self.precision,
         )
@@ -257,3 +267,16 @@ class EVORActor(TensorDictModuleBase):
             tensordict.set("candidates", candidates)
             tensordict.set("candidate_values", values)
         return tensordict
+
+
+def _check_steps(returns: ReturnFlow, num_steps: int | None) -> int | None:
+    """Evaluations of the flow of ``returns``, if they are given and it takes them."""
+    if num_steps is None:
+        return None
+    if not hasattr(returns, "solver_steps"):
+        raise ValueError(
+            f"num_steps must be None for {type(returns).__name__}, which is no flow, "
+            f"got {num_steps!r}."
+        )
+    returns.solver_steps(num_steps)  # for its errors
+    return num_steps
