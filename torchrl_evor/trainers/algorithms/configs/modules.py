@@ -172,6 +172,7 @@ class EVORActorConfig(_ModuleConfig):
     returns: Any = MISSING
     num_candidates: int = 32
     num_samples: int = 16
+    num_steps: int | None = None
     tau_r: float = math.inf
     tau_q: float = 0.0
     nodes: str = "stratified"
