@@ -119,10 +119,10 @@ class EVORActor(TensorDictModuleBase):
         nodes (str, optional): ``"stratified"`` (quantiles shared by all
             candidates), ``"gauss_hermite"`` (weighted, for a small ``tau_r``) or
             ``"random"`` (the paper's). Defaults to ``"stratified"``.
-        num_steps (int, optional): evaluations of the flow for each node. With ``1`` a
-            node ends at the mean whatever ``tau_r`` is, as a regression has learnt it
-            and without an integration's error, which is larger where actions
-            differ by little. Defaults to ``None``, those of ``returns``.
+        num_steps (int, optional): evaluations of the flow for each node. ``1`` ends
+            every node at the mean, whatever ``tau_r`` is; it can rank actions better
+            where they differ by less than integration errs. Defaults to ``None``,
+            those of ``returns``.
         backend (str, optional): ``"torch"``, ``"triton"`` or ``"auto"``, the
             fastest measured choice for the device; PyTorch where none has been
             measured. Defaults to ``"auto"``.
