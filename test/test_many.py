@@ -312,6 +312,8 @@ def test_many_keeps_the_base_policies_of_an_earlier_run(recipe_root, short_run, 
         program(f"policies={tmp_path}", "hidden_sizes=[8]")
     with pytest.raises(ValueError, match=r"lr=0.5 must be .* was trained with [0-9.]+\."):
         program(f"policies={tmp_path}", "lr=0.5")
+    with pytest.raises(ValueError, match=r"policy_noise=0.1 must be .* was trained with 0\."):
+        program(f"policies={tmp_path}", "policy_noise=0.1")
     flow = program(f"policies={tmp_path}", "policy_steps=4", "policy_solver=midpoint").policy.module
     assert (flow.num_steps, flow.solver) == (4, "midpoint")
 

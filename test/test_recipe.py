@@ -370,6 +370,9 @@ def test_text_of_a_training():
     for settings in midpoint:
         text = results_io.training_text("bc", settings)
         assert text.endswith(" policy_steps=4(midpoint)")
+    for settings in (first, second):
+        text = results_io.training_text("qc", {**settings, "policy_noise": 0.1})
+        assert text == expected["qc"].replace("steps=10", "steps=10 policy_noise=0.1")
     text = results_io.training_text("iql", second)
     assert text == f"{value} expectile=0.9 temperature=10"
     text = results_io.training_text("evor", result_rows.training_settings(improved, "official"))

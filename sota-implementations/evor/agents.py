@@ -243,8 +243,8 @@ def load_policy(
                 f"{key}={value} must be that of the base policy in policies: "
                 f"{paths[0]} has {content[key]}."
             )
-    theirs = results_io.parse_training(content["training"])
-    for key, value in results_io.parse_training(training).items():
+    theirs = results_io.YOUNGER | results_io.parse_training(content["training"])
+    for key, value in (results_io.YOUNGER | results_io.parse_training(training)).items():
         # Flow matching takes no steps: any number may sample what it has learnt.
         if key != "policy_steps" and theirs.get(key, value) != value:
             raise ValueError(

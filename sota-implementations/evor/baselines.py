@@ -50,7 +50,7 @@ class Sizes:
     ``return_bounds``, of EVOR, in reward units.
 
     ``policy_statistics`` and ``value_statistics`` are mean and deviation of the observations by
-    which networks start standardised.
+    which networks start standardised, ``observation_noise`` that of the losses, of imitation.
     """
 
     observation_dim: int
@@ -63,6 +63,7 @@ class Sizes:
     solver: str = "euler"
     value_steps: int = 10
     value_solver: str = "euler"
+    observation_noise: float = 0.0
     policy_statistics: tuple[Tensor, Tensor] | None = None
     value_statistics: tuple[Tensor, Tensor] | None = None
     layer_norm: bool = True
@@ -190,20 +191,20 @@ def make_baseline(
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
     if method == "iql":
         return make_iql(sizes, expectile, temperature)
-    policy = sizes.policy()
+    policy, imitation = sizes.policy(), {"observation_noise": sizes.observation_noise}
     if method == "bc":
-        return FlowBCLoss(policy), policy
+        return FlowBCLoss(policy, **imitation), policy
     if method == "evor":
         returns = sizes.returns()
-        options = {"td_target": td_target, "next_action": next_action}
-        options.update(improved or {})
-        loss = EVORLoss(policy, returns, return_bounds=sizes.return_bounds, **options)
+        options = {"td_target": td_target, "next_action": next_action, **(improved or {})}
+        options["return_bounds"] = sizes.return_bounds
+        loss = EVORLoss(policy, returns, **options, **imitation)
     elif method == "qc":
         returns = sizes.ensemble(num_critics)
-        loss = QCLoss(policy, returns, num_candidates=num_candidates)
+        loss = QCLoss(policy, returns, num_candidates=num_candidates, **imitation)
     else:
         returns = sizes.critic(method)
-        loss = CriticLoss(policy, returns, next_action=next_action)
+        loss = CriticLoss(policy, returns, next_action=next_action, **imitation)
     return loss, EVORActor(policy, returns, **(actor or {}))
 
 
@@ -212,7 +213,8 @@ class FlowBCLoss(FlowPolicyLoss):
 
     Args:
         actor_network (FlowMatchingPolicy): the policy.
-        **kwargs: ``reduction`` and ``use_prioritized_weights`` of :class:`FlowPolicyLoss`.
+        **kwargs: ``reduction``, ``observation_noise`` and ``use_prioritized_weights`` of
+            :class:`FlowPolicyLoss`.
     """
 
     out_keys = ["loss_actor"]

@@ -29,7 +29,12 @@ from programs import Program
 from tqdm import tqdm
 
 from torchrl_evor.envs import resolve_environment
-from torchrl_evor.modules.functional import check_choice, check_positive, check_solver
+from torchrl_evor.modules.functional import (
+    check_choice,
+    check_deviation,
+    check_positive,
+    check_solver,
+)
 
 COUNTS = (
     *("num_updates", "chunk_size", "policy_steps", "value_steps", "num_atoms"),
@@ -73,6 +78,7 @@ def _check_training(cfg: DictConfig) -> None:
         check_solver(cfg[f"{name}_solver"], cfg[f"{name}_steps"])
     utils.check_spread("data.observation_spread", cfg.data.observation_spread)
     utils.check_spread("value_spread", cfg.value_spread)
+    check_deviation("policy_noise", cfg.policy_noise)
     for method in (method for method in cfg.methods if method != "bc"):
         check_positive(f"num_critics.{method}", cfg.num_critics[method])
     if cfg.next_action == "improved" and len(cfg.n_steps) > 1:

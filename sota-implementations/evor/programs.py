@@ -89,9 +89,9 @@ class Program:
         self.candidate_seconds = self._keep_candidates() if cfg.keep_candidates else 0.0
         valued = [method for method in cfg.methods if method != "bc"]
         self.losses = {method: self._make_loss(method).to(device) for method in valued}
-        # Behaviour cloning is the base policy, which any of the losses trains, or one of its own.
-        alone = baselines.FlowBCLoss(self.policy, reduction="none").to(device)
-        self.policy_loss = next(iter(self.losses.values()), alone)
+        # All losses hold the base policy; this one trains it.
+        imitation = {"observation_noise": cfg.policy_noise, "reduction": "none"}
+        self.policy_loss = baselines.FlowBCLoss(self.policy, **imitation).to(device)
         self.updaters = [SoftUpdate(loss, tau=cfg.tau) for loss in self.losses.values()]
         self.optimizer = self._make_optimizer()
         self.scheduler = utils.make_scheduler(self.optimizer, cfg.schedule, cfg.num_updates)
@@ -354,6 +354,7 @@ def training_settings(cfg: DictConfig, gamma: float, origin: str) -> dict[str, o
         "policy_hidden": "x".join(map(str, cfg.hidden_sizes)),
         "policy_activation": cfg.activation,
         "policy_steps": results_io.steps_text(cfg.policy_steps, cfg.policy_solver),
+        "policy_noise": cfg.policy_noise,
         "gamma": gamma,
         "tau": cfg.tau,
         "value_spread": cfg.value_spread,

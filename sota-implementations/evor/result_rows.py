@@ -67,6 +67,7 @@ def training_settings(cfg: DictConfig, origin: str) -> dict[str, object]:
         "policy_hidden": "x".join(map(str, cfg.policy.hidden_sizes)),
         "policy_activation": cfg.policy.activation,
         "policy_steps": results_io.steps_text(cfg.policy.num_steps, cfg.policy.solver),
+        "policy_noise": cfg.policy.observation_noise,
         "gamma": cfg.loss.gamma,
         "tau": cfg.loss.tau,
         "value_spread": utils.value_spread(cfg),

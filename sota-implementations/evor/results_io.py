@@ -124,8 +124,10 @@ SETTINGS = (
 # What the training of a method depends on, besides the columns of a row.
 _POLICY_TRAINING = (
     *("data", "lr", "schedule", "observation_spread"),
-    *("policy_hidden", "policy_activation", "policy_steps"),
+    *("policy_hidden", "policy_activation", "policy_steps", "policy_noise"),
 )
+# Younger than some rows and agents; with these values none has them.
+YOUNGER = {"policy_noise": "0"}
 _VALUE_TRAINING = ("gamma", "tau", "value_spread", "value_activation", "layer_norm")
 _OWN_TRAINING = {
     "evor": ("value_steps", "value_solver", "td_target", "next_action", "bound_returns"),
@@ -192,7 +194,8 @@ def training_text(method: str, settings: Mapping[str, object]) -> str:
         value = settings[name]
         # Numbers in one form, 8 for 8.0; truth values are no numbers.
         text = f"{value:g}" if type(value) in (int, float) else str(value)
-        parts.append(f"{name}={text}")
+        if YOUNGER.get(name) != text:
+            parts.append(f"{name}={text}")
     return " ".join(parts)
 
 

@@ -42,6 +42,7 @@ def plain_sizes(cfg: DictConfig, observation_dim: int, action_dim: int) -> basel
         value_activation=cfg.value.activation,
         num_steps=cfg.policy.num_steps,
         solver=cfg.policy.solver,
+        observation_noise=cfg.policy.observation_noise,
         value_steps=cfg.value.num_steps,
         value_solver=cfg.value.solver,
         layer_norm=cfg.value.layer_norm,
@@ -73,6 +74,11 @@ def make_agent(cfg: DictConfig, sizes: baselines.Sizes, device: torch.device):
         value = OmegaConf.select(cfg, name)
         if cfg.method != "evor" and value != default:
             raise ValueError(f"{name}={value} needs method=evor, got method={cfg.method}.")
+    if cfg.method == "iql" and cfg.policy.observation_noise:
+        raise ValueError(
+            "policy.observation_noise must be 0 for method=iql, whose policy imitates no data, "
+            f"got {cfg.policy.observation_noise}."
+        )
     options = {name: cfg.baseline[name] for name in cfg.baseline if name != "num_atoms"}
     loss, actor = baselines.make_baseline(
         cfg.method,

@@ -239,9 +239,15 @@ def make_loss(
     return_bounds: tuple[float, float] | None = None,
 ):
     """The loss, the Polyak average of its target network and the optimiser."""
-    options = {"td_target": cfg.loss.td_target, "next_action": cfg.loss.next_action}
-    options.update(cfg.loss.improved)
-    loss = EVORLoss(policy, returns, return_bounds=return_bounds, **options)
+    loss = EVORLoss(
+        policy,
+        returns,
+        td_target=cfg.loss.td_target,
+        next_action=cfg.loss.next_action,
+        return_bounds=return_bounds,
+        observation_noise=cfg.policy.observation_noise,
+        **cfg.loss.improved,
+    )
     loss.make_value_estimator(gamma=cfg.loss.gamma)
     optimizer = torch.optim.Adam(loss.parameters(), lr=cfg.optim.lr, fused=True)
     return loss, SoftUpdate(loss, tau=cfg.loss.tau), optimizer

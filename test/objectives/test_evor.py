@@ -712,6 +712,60 @@ class TestReturnBounds:
         assert (end - batch["next", "reward"]).abs().max() < 0.01
 
 
+class TestObservationNoise:
+    """The policy learns beside the data what is done near by; nothing else hears of it."""
+
+    def recorded(self, monkeypatch, *batch, **kwargs):
+        """The observations, and those at which the velocity fields were asked."""
+        loss, asked = make_loss(**kwargs), {"policy": [], "value": []}
+        modules = {"policy": loss.actor_network.module, "value": loss.value_network}
+        for name, module in modules.items():
+
+            def velocity(observation, *rest, _original=module.velocity, _name=name):
+                asked[_name].append(observation)
+                return _original(observation, *rest)
+
+            monkeypatch.setattr(module, "velocity", velocity)
+        data = make_batch(*batch)
+        data["observation"] = data["observation"] * torch.tensor([1.0, 10.0, 0.0]) + 5.0
+        before = data["observation"].clone()
+        loss(data)
+        assert torch.equal(data["observation"], before)
+        return before, asked
+
+    @pytest.mark.parametrize("batch", [(40_000,), (200, 200)])
+    def test_a_tenth_moves_by_the_deviation_of_each_feature(self, monkeypatch, batch):
+        torch.manual_seed(0)
+        observation, asked = self.recorded(monkeypatch, *batch, observation_noise=0.5)
+        seen = asked["policy"][0]
+        moved = (seen != observation).any(-1)
+        # Of 40,000 rows the share has a deviation of 0.0015.
+        assert moved.float().mean().item() == pytest.approx(0.1, abs=0.006)
+        step = (seen - observation)[moved]
+        # Whole rows, and no feature that says nothing.
+        assert (step[:, :2] != 0).all() and (step[:, 2] == 0).all()
+        expected = [0.5, 5.0]  # half of 1 and of 10
+        assert step[:, :2].std(0).tolist() == pytest.approx(expected, rel=0.06)
+        assert step[:, :2].mean(0).abs().tolist() == pytest.approx([0, 0], abs=0.4)
+
+    @pytest.mark.parametrize("next_action", NEXT_ACTIONS)
+    def test_the_value_reads_the_data(self, monkeypatch, next_action):
+        kwargs = {"observation_noise": 0.5, "next_action": next_action}
+        observation, asked = self.recorded(monkeypatch, 500, **kwargs)
+        assert torch.equal(asked["value"][-1], observation)
+        assert not torch.equal(asked["policy"][0], observation)
+
+    def test_by_default_there_is_none(self, monkeypatch):
+        observation, asked = self.recorded(monkeypatch, 500)
+        assert torch.equal(asked["policy"][0], observation)
+
+    @pytest.mark.parametrize("batch", [(0,), (1,), (2, 3), ()])
+    def test_any_batch(self, batch):
+        losses = make_loss(reduction="none", observation_noise=0.5)(make_batch(*batch))
+        assert losses["loss_actor"].shape == batch
+        assert losses["loss_actor"].isfinite().all()
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         "kwargs,name",
@@ -725,6 +779,11 @@ class TestBadInput:
             ({"tau_r": -1.0}, "tau_r must be a temperature"),
             ({"tau_r": None}, "tau_r must be a temperature"),
             ({"tau_q": float("nan")}, "tau_q must be a temperature"),
+            ({"observation_noise": -0.1}, r"observation_noise must be a deviation .* got -0.1"),
+            ({"observation_noise": float("inf")}, "observation_noise must be a deviation"),
+            ({"observation_noise": float("nan")}, "observation_noise must be a deviation"),
+            ({"observation_noise": True}, "observation_noise must be a deviation"),
+            ({"observation_noise": "0.1"}, "observation_noise must be a deviation"),
             ({"return_bounds": (0.0, -1.0)}, r"return_bounds must be .* got \(0.0, -1.0\)"),
             ({"return_bounds": (-1.0,)}, "return_bounds must be None or two increasing numbers"),
             ({"return_bounds": (float("nan"), 0.0)}, "return_bounds must be None or two"),

@@ -221,6 +221,18 @@ def check_temperature(name: str, value: float) -> float:
     return value
 
 
+def check_deviation(name: str, value: float) -> float:
+    """Returns ``value`` if it is a standard deviation (``0 <= value < inf``).
+
+    Raises:
+        ValueError: naming ``name``, if ``value`` is negative, infinite, NaN or no number.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a deviation in [0, inf), got {value!r}.")
+    return value
+
+
 def check_bounds(name: str, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
     """Returns ``bounds`` as a tuple if they are two numbers in increasing order, or ``None``.
 

@@ -43,6 +43,8 @@ class CriticLoss(FlowPolicyLoss):
             :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``True``.
         reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"``.
             Defaults to ``"mean"``.
+        observation_noise (float, optional): see :class:`~torchrl_evor.EVORLoss`.
+            Defaults to ``0.0``.
         use_prioritized_weights (bool or ``"auto"``, optional): weigh the
             losses by the ``priority_weight`` entry. Defaults to ``"auto"``.
 
@@ -102,12 +104,14 @@ class CriticLoss(FlowPolicyLoss):
         next_action: Literal["policy", "dataset"] = "policy",
         delay_qvalue: bool = True,
         reduction: Literal["none", "mean", "sum"] | None = None,
+        observation_noise: float = 0.0,
         use_prioritized_weights: Literal["auto"] | bool = "auto",
     ) -> None:
         super().__init__(
             actor_network,
             next_action=check_choice("next_action", next_action, self.next_actions),
             reduction=reduction,
+            observation_noise=observation_noise,
             use_prioritized_weights=use_prioritized_weights,
         )
         if not isinstance(qvalue_network, Critic):

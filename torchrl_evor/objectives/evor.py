@@ -87,6 +87,11 @@ class EVORLoss(FlowPolicyLoss):
             ``"improved"``. To compare candidates ``1`` does, with one node: a step
             of Euler's from any noise ends at the mean. Defaults to ``None``, those of
             ``value_network``.
+        observation_noise (float, optional): deviation of the noise by which a tenth of the
+            observations are moved that the policy imitates from, in units of each
+            feature's deviation over the batch. A policy that has seen states beside
+            those of the data proposes ways back to them; without, what it proposes
+            there may lead nowhere. ``0.1`` does in mazes. Defaults to ``0.0``.
         use_prioritized_weights (bool or ``"auto"``, optional): weigh the
             losses by the ``priority_weight`` entry. Defaults to ``"auto"``.
 
@@ -171,12 +176,14 @@ class EVORLoss(FlowPolicyLoss):
         tau_r: float = float("inf"),
         tau_q: float = 0.0,
         num_steps: int | None = None,
+        observation_noise: float = 0.0,
         use_prioritized_weights: Literal["auto"] | bool = "auto",
     ) -> None:
         super().__init__(
             actor_network,
             next_action=check_choice("next_action", next_action, self.next_actions),
             reduction=reduction,
+            observation_noise=observation_noise,
             use_prioritized_weights=use_prioritized_weights,
         )
         if not isinstance(value_network, ReturnFlow):

@@ -16,10 +16,14 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
-from torchrl_evor.modules.functional import check_choice, interpolate
+from torchrl_evor.modules.functional import check_choice, check_deviation, interpolate
 from torchrl_evor.modules.tensordict_module.actors import FlowMatchingPolicy, is_flow_policy
 
 __all__ = ["FlowPolicyLoss"]
+
+# Share of the observations that `observation_noise` moves: enough to say what to do beside the
+# data, where there are no others, and too few to change what is said amid them.
+NOISY_SHARE = 0.1
 
 
 class FlowPolicyLoss(LossModule):
@@ -36,11 +40,15 @@ class FlowPolicyLoss(LossModule):
             ``"dataset"`` reads ``("next", "action")``.
         reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"``.
             Defaults to ``"mean"``.
+        observation_noise (float, optional): deviation of the noise by which a tenth of the
+            observations are moved that the policy imitates from, in units of each
+            feature's deviation over the batch. Defaults to ``0.0``.
         use_prioritized_weights (bool or ``"auto"``, optional): weigh the
             losses by the ``priority_weight`` entry. Defaults to ``"auto"``.
 
     Raises:
-        ValueError: if ``reduction`` or ``use_prioritized_weights`` is unknown.
+        ValueError: if ``reduction`` or ``use_prioritized_weights`` is unknown, or
+            ``observation_noise`` negative or infinite.
         TypeError: if the policy has no velocity field.
     """
 
@@ -95,6 +103,7 @@ class FlowPolicyLoss(LossModule):
         *,
         next_action: str,
         reduction: Literal["none", "mean", "sum"] | None = None,
+        observation_noise: float = 0.0,
         use_prioritized_weights: Literal["auto"] | bool = "auto",
     ) -> None:
         self._in_keys = None
@@ -103,6 +112,7 @@ class FlowPolicyLoss(LossModule):
             raise TypeError(f"actor_network must be a FlowMatchingPolicy, got {actor_network!r}.")
         self.next_action = next_action
         self.reduction = check_choice("reduction", reduction or "mean", ("none", "mean", "sum"))
+        self.observation_noise = check_deviation("observation_noise", observation_noise)
         self.use_prioritized_weights = check_choice(
             "use_prioritized_weights", use_prioritized_weights, (True, False, "auto")
         )
@@ -182,7 +192,7 @@ class FlowPolicyLoss(LossModule):
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict]:
         """Flow matching of the base policy to the data's actions."""
-        observation = tensordict[self._actor_observation]
+        observation = self._move(tensordict[self._actor_observation])
         action = tensordict[self.tensor_keys.action]
         noise = torch.randn_like(action)
         time = torch.rand_like(action[..., :1])
@@ -199,6 +209,16 @@ class FlowPolicyLoss(LossModule):
         loss = self._reduce_loss(error.sum(-1), tensordict, weights=self._weights(tensordict))
         self._clear_weakrefs(tensordict, "actor_network_params")
         return loss, {}
+
+    def _move(self, observation: Tensor) -> Tensor:
+        """The observations ``[*B, obs]``, a share of them beside the data, by noise."""
+        if not self.observation_noise:
+            return observation
+        rows = observation.reshape(-1, observation.shape[-1])
+        deviation = (rows - rows.mean(0)).square().mean(0).sqrt()
+        moved = torch.rand_like(observation[..., :1]) < NOISY_SHARE
+        noise = self.observation_noise * deviation * torch.randn_like(observation)
+        return torch.where(moved, observation + noise, observation)
 
     def _next_action(self, tensordict: TensorDictBase) -> Tensor:
         """Action of the data, or of the base policy, at the next state, ``[*B, act]``."""

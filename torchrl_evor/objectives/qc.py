@@ -51,6 +51,8 @@ class QCLoss(CriticLoss):
             :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``True``.
         reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"``.
             Defaults to ``"mean"``.
+        observation_noise (float, optional): see :class:`~torchrl_evor.EVORLoss`.
+            Defaults to ``0.0``.
         use_prioritized_weights (bool or ``"auto"``, optional): weigh the
             losses by the ``priority_weight`` entry. Defaults to ``"auto"``.
 
@@ -109,6 +111,7 @@ class QCLoss(CriticLoss):
         num_candidates: int = 32,
         delay_qvalue: bool = True,
         reduction: Literal["none", "mean", "sum"] | None = None,
+        observation_noise: float = 0.0,
         use_prioritized_weights: Literal["auto"] | bool = "auto",
     ) -> None:
         super().__init__(
@@ -116,6 +119,7 @@ class QCLoss(CriticLoss):
             qvalue_network,
             delay_qvalue=delay_qvalue,
             reduction=reduction,
+            observation_noise=observation_noise,
             use_prioritized_weights=use_prioritized_weights,
         )
         self.num_candidates = check_positive("num_candidates", num_candidates)

@@ -42,6 +42,7 @@ class EVORLossConfig(LossConfig):
     tau_r: float = math.inf
     tau_q: float = 0.0
     num_steps: int | None = None
+    observation_noise: float = 0.0
     use_prioritized_weights: Any = "auto"
     gamma: float | None = None
     _target_: str = f"{_HERE}._make_evor_loss"
@@ -60,6 +61,7 @@ class CriticLossConfig(LossConfig):
     next_action: str = "policy"
     delay_qvalue: bool = True
     reduction: str | None = None
+    observation_noise: float = 0.0
     use_prioritized_weights: Any = "auto"
     gamma: float | None = None
     _target_: str = f"{_HERE}._make_critic_loss"
@@ -78,6 +80,7 @@ class QCLossConfig(LossConfig):
     num_candidates: int = 32
     delay_qvalue: bool = True
     reduction: str | None = None
+    observation_noise: float = 0.0
     use_prioritized_weights: Any = "auto"
     gamma: float | None = None
     _target_: str = f"{_HERE}._make_qc_loss"
