@@ -204,7 +204,7 @@ def maze(
     norm = PowerNorm(0.4, values.min().item(), values.max().item())
     dots = axis.scatter(*observation[:, :2].T, c=values, s=9, cmap="viridis", norm=norm, lw=0)
     figure.colorbar(dots, label="Q* of the chosen action (discounted return)")
-    _draw_walls(axis, env_name)
+    draw_walls(axis, env_name)
     for trace in episodes["trace", "observation"][:num_paths]:
         axis.plot(*trace[:, :2].T, color=PATH, lw=1, alpha=0.8)
     rate = episodes["success"].double().mean().item()
@@ -214,7 +214,8 @@ def maze(
     save(figure, path, bbox_inches="tight")
 
 
-def _draw_walls(axis, env_name: str) -> None:
+def draw_walls(axis, env_name: str) -> None:
+    """Walls and goal of a maze, in the units of its positions."""
     env = OGBenchEnv(env_name)
     env.reset()
     world = env.simulator.unwrapped
