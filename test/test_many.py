@@ -223,6 +223,7 @@ def test_many_improves_each_task_by_its_own_law():
         (["actor.nodes=some"], "nodes must be one of"),
         (["schedule=linear"], "schedule must be one of .*, got 'linear'"),
         (["value_spread=0"], "value_spread must be positive"),
+        (["policy_noise=-0.1"], "policy_noise must be a deviation in"),
         (["num_critics.evor=0"], "num_critics.evor must be an integer of at least 1, got 0"),
         (["eval.episodes=-1"], "eval.episodes must be an integer of at least 0"),
         (["eval.processes=0"], "eval.processes must be an integer of at least 1"),

@@ -123,6 +123,8 @@ def test_a_second_run_in_the_folder_of_the_first(recipe_root, short_run, script)
         (["method=qcc"], "method must be one of"),
         (["method=scalar", "loss.next_action=improved"], "next_action must be"),
         (["method=qc", "value.num_flows=2"], "value.num_flows=2 needs method=evor"),
+        (["method=iql", "policy.observation_noise=0.1"], "policy.observation_noise must be 0"),
+        (["policy.observation_noise=-1"], "observation_noise must be a deviation"),
         (["method=iql", "baseline.expectile=2.0"], "expectile must lie between 0 and 1"),
     ],
 )
