@@ -74,6 +74,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     contents = [agents.read(path) for path in args.agents]
+    envs = {content["env"] for content in contents}
+    if len(envs) > 1 or not envs.pop().startswith("pointmaze"):
+        parser.error("agents must be of one pointmaze.")
     names = args.names or [str(path) for path in args.agents]
     policies = {
         name: agents.build({**content, "method": "bc"})

@@ -50,7 +50,7 @@ class Sizes:
     ``return_bounds``, of EVOR, in reward units.
 
     ``policy_statistics`` and ``value_statistics`` are mean and deviation of the observations by
-    which networks start standardised, ``observation_noise`` that of the losses, of imitation.
+    which networks start standardised; ``observation_noise`` is that of :class:`EVORLoss`.
     """
 
     observation_dim: int
@@ -197,8 +197,7 @@ def make_baseline(
     if method == "evor":
         returns = sizes.returns()
         options = {"td_target": td_target, "next_action": next_action, **(improved or {})}
-        options["return_bounds"] = sizes.return_bounds
-        loss = EVORLoss(policy, returns, **options, **imitation)
+        loss = EVORLoss(policy, returns, return_bounds=sizes.return_bounds, **options, **imitation)
     elif method == "qc":
         returns = sizes.ensemble(num_critics)
         loss = QCLoss(policy, returns, num_candidates=num_candidates, **imitation)

@@ -211,7 +211,7 @@ class FlowPolicyLoss(LossModule):
         return loss, {}
 
     def _move(self, observation: Tensor) -> Tensor:
-        """The observations ``[*B, obs]``, a share of them beside the data, by noise."""
+        """Observations ``[*B, obs]``, a share of which noise has moved beside the data."""
         if not self.observation_noise:
             return observation
         rows = observation.reshape(-1, observation.shape[-1])
