@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -586,3 +588,45 @@ def test_architecture_study(root):
 
 if __name__ == "__main__":
     pytest.main([__file__, "-v"])
+
+
+class TestBesideData:
+    """``benchmarks/ad_hoc/beside_data.py``: data at (1, 0) from the place, constant policies."""
+
+    def run(self, monkeypatch, *arguments):
+        folder = Path(__file__).resolve().parents[1] / "benchmarks" / "ad_hoc"
+        monkeypatch.syspath_prepend(str(folder))
+        beside_data = importlib.import_module("beside_data")
+        states = torch.tensor([[9.0, 8.0], [9.0, 8.0], [9.0, 8.0]])
+        data = SimpleNamespace(transitions={"observation": states})
+        monkeypatch.setattr(beside_data, "OGBenchExperienceReplay", lambda *args, **kwargs: data)
+        monkeypatch.setattr(sys, "argv", ["beside_data.py", *map(str, arguments)])
+        beside_data.main()
+
+    def constant_policy(self, folder: Path, velocity: tuple[float, float]) -> Path:
+        """An agent whose base policy flows by ``velocity`` from wherever the noise stands."""
+        path = agent_file(folder)
+        policy = torch.load(path)["policy"]
+        last_weight, last_bias = list(policy)[-2:]
+        policy[last_weight].zero_()
+        policy[last_bias].copy_(torch.tensor(velocity))
+        return changed(path, policy=policy)
+
+    def test_speed_to_the_data(self, tmp_path, monkeypatch, capsys):
+        """Noise plus 9 is clamped to full speed: 1 towards the data, -1 away from them."""
+        there = self.constant_policy(tmp_path / "there", (9.0, 0.0))
+        away = self.constant_policy(tmp_path / "away", (-9.0, 0.0))
+        picture = tmp_path / "beside.png"
+        names = ["--names", "there", "away", "--at", 8, 8, "--picture", picture]
+        self.run(monkeypatch, there, away, *names)
+        printed = capsys.readouterr().out
+        assert "Of 3 states: 0 within 0.5, 0 within 1, 3 within 1.5, 3 within 2" in printed
+        assert "there: speed to the data 1.00 +- 0.00, 100% >= 0.1" in printed
+        assert "away: speed to the data -1.00 +- 0.00, 0% >= 0.1" in printed
+        assert picture.stat().st_size > 0
+
+    def test_other_environments_are_refused(self, tmp_path, monkeypatch, capsys):
+        path = changed(agent_file(tmp_path), env="cube-single-play")
+        with pytest.raises(SystemExit):
+            self.run(monkeypatch, path, "--at", 8, 8)
+        assert "agents must be of one pointmaze" in capsys.readouterr().err

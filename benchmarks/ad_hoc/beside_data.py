@@ -88,7 +88,8 @@ def main() -> None:
     distance = (states - place).norm(dim=-1)
     near = ", ".join(f"{int((distance < r).sum())} within {r}" for r in (0.5, 1, 1.5, 2))
     print(f"Of {len(states)} states: {near} of {args.at}")
-    towards = states[distance.topk(NEAREST, largest=False).indices].mean(0) - place
+    nearest = distance.topk(min(NEAREST, len(states)), largest=False).indices
+    towards = states[nearest].mean(0) - place
     for name, policy in policies.items():
         report(name, policy, place, towards / towards.norm())
     if args.picture:
