@@ -268,6 +268,24 @@ class TestSeeds:
         one = collect(tmp_path / "one.npz", size=80)
         assert_equal_files(one, collect(tmp_path / "two.npz", size=80, num_workers=2))
 
+    @pytest.mark.parametrize("piped", [False, True])
+    def test_a_program_without_a_main_guard(self, tmp_path, piped):
+        """The processes do not run it again: a script would be locked out, a pipe not be found."""
+        script = tmp_path / "script.py"
+        script.write_text(
+            "from torchrl_evor.data import collect_ogbench\n"
+            f"collect_ogbench({MAZE!r}, {str(tmp_path / 'x.npz')!r}, 20_000, num_workers=2)\n"
+            "import __main__; print(__main__.collect_ogbench.__name__)\n"
+        )
+        with open(script) as source:
+            command = [sys.executable, *([] if piped else [str(script)])]
+            done = subprocess.run(
+                command, stdin=source, capture_output=True, text=True, timeout=120, cwd=tmp_path
+            )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "collect_ogbench\n"
+        assert len(read(tmp_path / "x.npz")["observations"]) >= 20_000
+
     @pytest.mark.slow
     def test_a_killed_worker_is_noticed(self, tmp_path, small_shards, monkeypatch):
         path = tmp_path / "x.npz"

@@ -16,7 +16,9 @@ import os
 import queue
 import shutil
 import signal
+import sys
 import traceback
+import types
 from pathlib import Path
 from typing import Literal
 
@@ -321,8 +323,9 @@ def _collect_shards(plan, shards, num_workers, advance) -> None:
         context.Process(target=_work, args=(plan, share, results), daemon=True) for share in shares
     ]
     try:
-        for worker in workers:
-            worker.start()
+        with _without_main():
+            for worker in workers:
+                worker.start()
         for _ in shards:
             advance(plan.transitions([_next_result(results, workers)]))
     finally:
@@ -330,6 +333,21 @@ def _collect_shards(plan, shards, num_workers, advance) -> None:
             if worker.pid is not None:
                 worker.terminate()
                 worker.join()
+
+
+@contextlib.contextmanager
+def _without_main():
+    """Processes started here do not run the main program again, as spawned ones do.
+
+    A script without ``if __name__ == "__main__"`` would come to this collection again in each of
+    them, which would wait for the lock that this one holds; a program from a pipe has no file.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _work(plan: _Plan, shards: list[int], results) -> None:
