@@ -12,6 +12,7 @@ import pytest
 import torch
 from _ogbench_cases import needs_ogbench
 from torch import nn
+from torchrl.envs import ObservationNorm
 from torchrl.envs.utils import exploration_type
 
 from torchrl_evor import EVORLoss, FlowMatchingPolicy, QCLoss, ReturnFlow, ScalarCritic
@@ -51,6 +52,11 @@ def test_of_a_flow():
     assert not candidates.requires_grad
     assert len(candidates.flatten(0, 1).unique(dim=0)) == 5 * 4
     assert sample_candidates(policy, torch.zeros(0, 3), 4).shape == (0, 4, 2)
+
+
+def test_a_policy_of_several_outputs():
+    with pytest.raises(TypeError, match="policy must return one tensor.*got tuple"):
+        sample_candidates(lambda x: (x, x), torch.zeros(5, 3), 2)
 
 
 def test_a_policy_is_asked_for_random_actions():
@@ -102,6 +108,15 @@ class TestReplay:
         ):
             data.keep_candidates(numbered, 4)
         assert "candidates" not in data.sample()["next"].keys()
+
+    def test_transforms(self, make):
+        """They may change observations: candidates are drawn before there are any."""
+        data = make(batch_size=16)
+        data.keep_candidates(numbered, 2)
+        data.append_transform(ObservationNorm(0.0, 0.01, in_keys=["observation"]))
+        assert data.sample()["next", "candidates"].shape == (16, 2, 3)
+        with pytest.raises(RuntimeError, match="before transforms are appended, got .* with 1"):
+            data.keep_candidates(numbered, 2)
 
     @pytest.mark.parametrize("kind", ["evor", "qc"])
     def test_losses_take_them(self, make, monkeypatch, kind):

@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+import tempfile
 import time
 from functools import partial
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +24,7 @@ from torchrl.envs import (
     MultiAction,
     ParallelEnv,
     SerialEnv,
+    StepCounter,
     TransformedEnv,
 )
 from torchrl.envs.utils import check_env_specs
@@ -261,6 +265,22 @@ class TestOGBenchEnv:
         assert rewards["default"] < -1
         assert rewards["sparse"] == -1
 
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no list of descriptors")
+    def test_nothing_is_left_open(self, tmp_path, monkeypatch):
+        """OGBench's mazes leave an open file each, which a process has no thousand of."""
+        make_maze()  # what is imported the first time stays
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        before = len(os.listdir("/proc/self/fd"))
+        make_maze().rollout(3)
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert not list(tmp_path.iterdir())
+        os.close(tempfile.mkstemp(suffix=".xml")[0])  # those of others stay
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_unknown_arguments_of_reset(self):
+        with pytest.raises(TypeError, match="sed"):
+            make_maze().reset(sed=3)
+
     def test_close(self):
         env = make_maze()
         env.close()
@@ -469,6 +489,21 @@ class TestRolloutEpisodes:
         arguments = {"envs": Counter, "policy": self.policy, "num_episodes": 1, "seed": 0}
         with pytest.raises(ValueError, match=match):
             rollout_episodes(**{**arguments, **kwargs})
+
+    @needs_ogbench
+    @pytest.mark.parametrize(
+        "wrap",
+        [lambda env: TransformedEnv(env, StepCounter(5)), lambda env: SerialEnv(1, make_maze)],
+    )
+    def test_transforms_and_batches_are_not_passed_over(self, wrap):
+        closed = []
+        env = wrap(make_maze())
+        with pytest.raises(ValueError, match="envs must have a simulator.*" + type(env).__name__):
+            rollout_episodes(env, self.policy, 1, seed=0)
+        env.close = lambda: closed.append(True)
+        with pytest.raises(ValueError, match="envs must have a simulator"):
+            rollout_episodes(lambda: env, self.policy, 1, seed=0)
+        assert closed
 
     def test_policy_without_action(self):
         with pytest.raises(KeyError, match="did not write action_key='action'"):

@@ -167,6 +167,11 @@ class TestWindows:
         torch.testing.assert_close(storage[index]["observation"], data["observation"][rows])
         assert storage[index].shape == rows.shape
 
+    @pytest.mark.parametrize("index", [[], slice(2, 2)])
+    def test_empty_index(self, index):
+        storage = WindowStorage(ogbench_arrays_to_tensordict(arrays()), n_step=2, chunk_size=2)
+        assert storage[index]["next", "action"].shape[0] == 0
+
     def test_read_only(self):
         data = ogbench_arrays_to_tensordict(arrays())
         storage = WindowStorage(data)

@@ -14,7 +14,7 @@ from tensordict.nn import set_skip_existing
 from torch import nn
 from torchrl_evor.triton_kernels import _checks
 
-from torchrl_evor import ReturnFlow, VelocityMLP
+from torchrl_evor import ReturnFlow, ScalarCritic, VelocityMLP
 from torchrl_evor.modules.functional import stratified_normal
 from torchrl_evor.modules.models import return_model
 
@@ -223,6 +223,12 @@ class TestModule:
     def test_dispatch(self):
         value = mlp_flow()(observation=torch.zeros(2, 3), action=torch.zeros(2, 2))
         assert value.shape == (2, 1)
+
+    @pytest.mark.parametrize("make", [ReturnFlow, ScalarCritic])
+    def test_dispatch_of_equal_sizes(self, make):
+        """The last axis of both is no batch."""
+        model = make(torch.nn.Linear(6 if make is ReturnFlow else 4, 1))
+        assert model(torch.zeros(3, 2), torch.zeros(3, 2)).shape == (3, 1)
 
     def test_what_exists_is_kept_on_request(self):
         observation, action = states((3.0, 2.0), (-4.0, 1.0))

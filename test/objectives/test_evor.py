@@ -309,6 +309,14 @@ class TestReduction:
         loss.use_prioritized_weights = False
         torch.testing.assert_close(seeded_call(loss, batch)[key], rows.mean())
 
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    def test_priority_weights_of_another_shape(self, reduction):
+        """They would be broadcast to a matrix of rows and weights."""
+        loss, batch = make_loss(reduction=reduction), make_batch(8)
+        batch["priority_weight"] = torch.rand(8, 1)
+        with pytest.raises(ValueError, match=r"one weight for each row, \(8,\), got \(8, 1\)"):
+            loss(batch)
+
 
 class TestTargetNetwork:
     def distance(self, loss):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
@@ -87,8 +88,9 @@ def rollout_episodes(
         (observations hold one more step than actions: the last one reached).
 
     Raises:
-        ValueError: if a number is below 1, ``envs`` is empty or holds one twice, a trace is
-            unknown, or the policy's action has the wrong shape.
+        ValueError: if a number is below 1, ``envs`` is empty, holds one twice or one without a
+            simulator of its own (a ``TransformedEnv``, whose transforms would not be heeded), a
+            trace is unknown, or the policy's action has the wrong shape.
         KeyError: if the policy does not write ``action_key``.
 
     Examples:
@@ -110,17 +112,28 @@ def rollout_episodes(
     owned = [envs() for _ in range(min(num_envs, num_episodes))] if made else list(envs)
     if not owned:
         raise ValueError("envs must hold at least one environment, got an empty sequence.")
-    simulators = [getattr(env, "simulator", env) for env in owned]
-    if len(set(map(id, simulators))) < len(simulators):
-        raise ValueError("envs must be different environments, got one more than once.")
     decide = _Decider(policy, chunk_size, device, observation_key, action_key)
     try:
+        simulators = [_simulator(env) for env in owned]
+        if len(set(map(id, simulators))) < len(simulators):
+            raise ValueError("envs must be different environments, got one more than once.")
         episodes = _run(simulators, decide, num_episodes, seed, bar)
     finally:
         bar.close()
         for env in owned if made else ():
             env.close()
     return _collate(episodes, record)
+
+
+def _simulator(env):
+    """What of an environment steps in numpy: its own simulator, or itself."""
+    # Not by getattr, with which a TransformedEnv answers for the one below its transforms.
+    if not isinstance(env, EnvBase) or inspect.getattr_static(env, "simulator", None) is not None:
+        return getattr(env, "simulator", env)
+    raise ValueError(
+        f"envs must have a simulator of their own, as OGBenchEnv has, got {type(env).__name__}: "
+        f"its transforms or its batch would not be heeded."
+    )
 
 
 class _Decider:

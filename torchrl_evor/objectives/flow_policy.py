@@ -305,7 +305,14 @@ class FlowPolicyLoss(LossModule):
         # Not LossModule's own reader, which cannot look up a nested key.
         if self.use_prioritized_weights not in (True, "auto"):
             return None
-        return tensordict.get(self.tensor_keys.priority_weight, None)
+        weights = tensordict.get(self.tensor_keys.priority_weight, None)
+        rows = tensordict[self.tensor_keys.action].shape[:-1]
+        if weights is not None and weights.shape != rows:
+            raise ValueError(
+                f"{self.tensor_keys.priority_weight!r} must hold one weight for each row, "
+                f"{tuple(rows)}, got {tuple(weights.shape)}."
+            )
+        return weights
 
     def make_value_estimator(
         self,

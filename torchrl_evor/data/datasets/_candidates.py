@@ -45,6 +45,7 @@ def sample_candidates(
 
     Raises:
         ValueError: if a count is no integer of at least 1, or the policy returns another shape.
+        TypeError: if the policy returns no tensor, e.g. several.
 
     Examples:
         >>> import torch
@@ -59,6 +60,10 @@ def sample_candidates(
         for piece in observation.split(max(1, max_rows // num_candidates)):
             rows = (len(piece), num_candidates)
             actions = policy(piece.unsqueeze(1).expand(*rows, -1))
+            if not isinstance(actions, Tensor):
+                raise TypeError(
+                    f"policy must return one tensor, random actions, got {type(actions).__name__}."
+                )
             if actions.ndim < 3 or actions.shape[-3:-1] != rows:
                 raise ValueError(
                     f"policy must return actions of the shape {(*rows, 'act')} for observations "

@@ -290,6 +290,8 @@ class WindowStorage(TensorStorage):
         if isinstance(index, slice):
             index = range(*index.indices(len(self)))
         index = torch.as_tensor(index, device=windows.start.device)
+        if not index.numel() and index.dtype != torch.bool:  # a list of nothing has no integers
+            index = index.long()
         if not index.ndim:  # which would select views
             return self.get(index.unsqueeze(0))[0]
         start, end = windows.start[index], windows.end[index]

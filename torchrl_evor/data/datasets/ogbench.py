@@ -337,7 +337,14 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         Raises:
             ValueError: if ``num_candidates`` is no integer of at least 1, or actions are not of
                 the size of the data's, a whole chunk.
+            RuntimeError: if the buffer has transforms: they may change observations, and the
+                policy is asked at those of the data. Append them afterwards.
         """
+        if len(self._transform):
+            raise RuntimeError(
+                f"keep_candidates asks the policy at the observations of the data: call it before "
+                f"transforms are appended, got a buffer with {len(self._transform)}."
+            )
         observation = self.transitions["next", "observation"].as_subclass(Tensor)
         observation = observation.to(self._storage.device)
         candidates = sample_candidates(policy, observation, num_candidates)

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
+import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +31,7 @@ _MAZE_DATASETS = ("navigate", "stitch", "explore")
 _MANIPULATION_DATASETS = ("play", "noisy")
 # Float32 policies that squash or clip may overshoot the bounds by rounding.
 _ACTION_TOLERANCE = 1e-4
+_MODEL_FILES = threading.Lock()
 
 
 def available_environments() -> list[str]:
@@ -109,6 +113,32 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _remove_model_files() -> Iterator[None]:
+    """Closes and deletes the files that OGBench's mazes are loaded from and that they leave open.
+
+    A maze writes its walls to a temporary file and keeps the descriptor; a process may have some
+    1024 of them.
+    """
+    mkstemp, thread, files = tempfile.mkstemp, threading.get_ident(), []
+
+    def record(suffix=None, *args, **kwargs):
+        file = mkstemp(suffix, *args, **kwargs)
+        if suffix == ".xml" and threading.get_ident() == thread:
+            files.append(file)
+        return file
+
+    with _MODEL_FILES:  # or two threads would undo each other's
+        tempfile.mkstemp = record
+        try:
+            yield
+        finally:
+            tempfile.mkstemp = mkstemp
+            for descriptor, path in files:
+                os.close(descriptor)
+                os.unlink(path)
+
+
 class OGBenchSimulator:
     """One OGBench environment in plain numpy: the ground of :class:`OGBenchEnv` and of evaluation.
 
@@ -156,7 +186,7 @@ class OGBenchSimulator:
         self.name = resolve_environment(name)
         self._sparse = reward_type == "sparse"
         gymnasium = _import_gymnasium()
-        with _quiet():
+        with _quiet(), _remove_model_files():
             self._env = gymnasium.make(
                 self.name, max_episode_steps=max_episode_steps, disable_env_checker=True
             )
@@ -351,7 +381,7 @@ class OGBenchEnv(EnvBase):
         )
 
     def _reset(
-        self, tensordict: TensorDictBase | None = None, *, seed: int | None = None, **kwargs
+        self, tensordict: TensorDictBase | None = None, *, seed: int | None = None
     ) -> TensorDict:
         seed, self._pending_seed = self._pending_seed if seed is None else seed, None
         return self._pack(self.simulator.reset(seed), False, False, False)

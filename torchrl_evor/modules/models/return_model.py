@@ -192,7 +192,7 @@ class ReturnModel(TensorDictModuleBase):
         """:math:`Q^*` of each candidate, ``[*B, P]``."""
         return self.q_star(observation.unsqueeze(-2), candidates, tau, num_samples, nodes)
 
-    @dispatch
+    @dispatch(auto_batch_size=False)
     @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the mean return of the state and action, ``[*B, 1]``."""
