@@ -120,6 +120,22 @@ class TestReplay:
         assert isinstance(data, OGBenchExperienceReplay)
         assert data.sample().shape == (4,)
 
+    def test_the_file_is_replaced_later(self, tmp_path, folder):
+        """What was read keeps its place; what is read then has another."""
+        mine = tmp_path / "mine"
+        shutil.copytree(folder, mine)
+        make = functools.partial(
+            OGBenchExperienceReplay, TASK, directory=mine, root=tmp_path / "cache"
+        )
+        data = make()
+        path = data.data_path
+        for file in mine.iterdir():
+            os.utime(file, (0, 0))
+        assert data.data_path == path and path.exists()
+        assert make().data_path != path
+        shutil.rmtree(mine)
+        assert data.data_path == path
+
     def test_available_datasets(self):
         names = OGBenchExperienceReplay.available_datasets
         assert TASK in names and "puzzle-4x6-noisy-singletask-task5-v0" in names

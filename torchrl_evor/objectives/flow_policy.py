@@ -158,7 +158,11 @@ class FlowPolicyLoss(LossModule):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Keys of the batch that the loss needs, from the networks' and its own."""
+        """Keys of the batch that the loss needs, from the networks' and its own.
+
+        These can be passed by keyword. What may be left out (the steps of a window, weights,
+        masks, candidates) comes in a TensorDict.
+        """
         if self._in_keys is not None:
             return self._in_keys
         keys = self.tensor_keys

@@ -221,7 +221,7 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
     def _transitions_path(self) -> Path:
         return self.data_path_root / self.split / "transitions"
 
-    @property
+    @functools.cached_property  # that of the file that was read, whatever becomes of it later
     def origin(self) -> str:
         """Where the data come from; names the folder that keeps them apart from others.
 
